@@ -1,0 +1,47 @@
+"""redrafter-mlx: Apple's Recurrent Drafter in MLX.
+
+A small recurrent head drafts a token tree from the target's last hidden state, the target verifies the whole tree in
+one forward, and the agreeing path is kept. See docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import blas
+
+blas.take_over()  # before anything imports mlx.core
+
+if TYPE_CHECKING:
+    from .drafter import DrafterConfig as DrafterConfig
+    from .drafter import RecurrentDrafter as RecurrentDrafter
+    from .drafter import load_drafter as load_drafter
+    from .drafter import save_drafter as save_drafter
+    from .generation import Chunk as Chunk
+    from .generation import Model as Model
+    from .generation import PromptCache as PromptCache
+    from .generation import generate as generate
+    from .generation import stream_generate as stream_generate
+    from .loading import load as load
+    from .sampling import Sampling as Sampling
+    from .tree import Beam as Beam
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DrafterConfig": "drafter", "RecurrentDrafter": "drafter", "load_drafter": "drafter",
+    "save_drafter": "drafter", "Chunk": "generation", "Model": "generation", "PromptCache": "generation",
+    "generate": "generation", "stream_generate": "generation", "load": "loading", "Sampling": "sampling",
+    "Beam": "tree",
+}  # fmt: skip
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when first used, so that `redrafter --help` does not wait for mlx."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

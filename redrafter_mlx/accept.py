@@ -1,0 +1,66 @@
+"""The one acceptance rule, for greedy decoding and sampling alike.
+
+The target has drawn its own token after every node. A node is accepted when it equals the token drawn at its accepted
+parent. At most one child of a node can be, so the accepted nodes are one path; the token drawn at its end
+is the next token. No drafter probabilities are involved (docs/algorithm.md, "Exactness").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .device import fused
+from .tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a decode step found; on the device until `read`."""
+
+    num_accepted: mx.array
+    """() int32: draft tokens kept, 0 ... L-1"""
+    last: mx.array
+    """() int32: the node the path ends at"""
+    next_token: mx.array
+    """() int32: the target's own token after the path, root of the next step"""
+    packed: mx.array
+    """(2 + 2L,) int32: num_accepted, next_token, path padded with -1, its tokens"""
+
+    def read(self) -> tuple[list[int], list[int]]:
+        """The one host synchronisation of a step: nodes of the path from the root; tokens to emit."""
+        values = self.packed.tolist()
+        count, height = values[0] + 1, (len(values) - 2) // 2
+        path = values[2 : 2 + count]
+        tokens = values[2 + height : 2 + height + count]
+        return path, [*tokens[1:], values[1]]
+
+
+def accept(tree: TokenTree, choice: mx.array) -> Acceptance:
+    """Walk from the root while the target's choice is a child.
+
+    Args:
+        tree: N nodes.
+        choice: (N,) int32, the target's own token after every node.
+    """
+    return Acceptance(*_walk(tree.tokens, tree.parents, tree.depth, choice, tree.height))
+
+
+@fused
+def _walk(
+    tokens: mx.array, parents: mx.array, depth: mx.array, choice: mx.array, height: int
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    choice = choice.astype(mx.int32)
+    agrees = tokens == choice[parents]
+    accepted = depth == 0
+    for level in range(1, height + 1):
+        accepted = accepted | ((depth == level) & agrees & accepted[parents])
+    num_accepted = accepted.astype(mx.int32).sum() - 1
+    levels = mx.arange(height + 1, dtype=mx.int32)
+    on_level = accepted & (depth == levels[:, None])  # (L, N), at most one True in a row
+    path = mx.argmax(on_level, axis=1).astype(mx.int32)
+    last = path[num_accepted]
+    next_token = choice[last]
+    head = mx.stack([num_accepted, next_token])
+    return num_accepted, last, next_token, mx.concatenate([head, path, tokens[path]])

@@ -1,0 +1,84 @@
+"""Give MLX a fast BLAS on Linux.
+
+The Linux CPU wheel of MLX links the reference BLAS, about 50 times slower in float32 than MKL.
+Loading MKL or OpenBLAS into the process with its symbols visible *before* `mlx.core` makes the
+dynamic linker resolve MLX's `cblas_*` calls there. macOS (Accelerate, Metal) needs none of this.
+
+`REDRAFTER_BLAS=off` leaves MLX's own BLAS in place; `REDRAFTER_BLAS=/path/to/lib.so` loads that file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+ENV = "REDRAFTER_BLAS"
+FIX = "pip install mkl (x86_64), or apt-get install libopenblas0"
+
+_log = logging.getLogger("redrafter_mlx")
+
+
+def _mkl_candidates() -> Iterator[Path]:
+    """The libmkl_rt files that pip's `mkl` package put beside this interpreter."""
+    try:
+        installed = importlib.metadata.files("mkl") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in installed:
+        if file.name.startswith("libmkl_rt.so"):
+            yield Path(str(file.locate())).resolve()
+
+
+def _candidates() -> Iterator[str]:
+    for path in _mkl_candidates():
+        if path.is_file():
+            yield str(path)
+    system = ctypes.util.find_library("openblas")
+    if system:
+        yield system
+
+
+def take_over() -> str | None:
+    """Load a fast BLAS for MLX and return its path, or None where there is nothing to do.
+
+    Raises:
+        ValueError: `REDRAFTER_BLAS` names a file that cannot be loaded.
+    """
+    wanted = os.environ.get(ENV, "")
+    if sys.platform != "linux" or wanted.lower() == "off":
+        _log.debug("BLAS: left as it is (%s)", wanted or sys.platform)
+        return None
+    if "mlx.core" in sys.modules:
+        _log.debug("BLAS: mlx.core was imported before redrafter_mlx, too late to replace it")
+        warnings.warn(
+            "mlx was imported before redrafter_mlx, so its slow reference BLAS stays; "
+            "import redrafter_mlx first",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    for path in [wanted] if wanted else _candidates():
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            if wanted:
+                raise ValueError(f"{ENV} must be 'off' or a loadable library: {error}") from None
+            _log.debug("BLAS: %s does not load: %s", path, error)
+            continue
+        _log.debug("BLAS: mlx uses %s", path)
+        return path
+    if importlib.util.find_spec("mlx_cuda") is None:  # with a GPU the CPU's BLAS hardly matters
+        warnings.warn(
+            f"no fast BLAS found, mlx runs ~50x slower in float32 on this CPU; {FIX}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return None

@@ -1,0 +1,241 @@
+"""The data path: prefill, decode steps, streaming.
+
+One step, everything between two synchronisations being one lazy graph:
+
+    verify   one target forward over the tree's N rows
+    choose   the target's own token after every node
+    accept   the path on which tree and target agree
+    draft    the beam search for the next step, from the path's last hidden state, queued before the host looks
+    read     the one synchronisation: path, next token, and what the policy wants to know of the draft
+    keep     commit the path in the KV cache
+
+Plain decoding is the same with a tree of one node; its path is known in advance, so it runs a step ahead.
+
+Letters: N nodes, L beam length counting the root, C context size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from .accept import Acceptance, accept
+from .cache import KVCache
+from .drafter import RecurrentDrafter
+from .policy import Policy
+from .sampling import Sampling, TokenCounts, choose, gumbel, penalised
+from .search import search
+from .target import Target
+from .tree import Beam, Levels, TokenTree, ancestor_mask, build, chain, survivors
+
+PREFILL_BLOCK = 2048  # prompt tokens per forward
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a generation did. Times are in seconds, memory in bytes."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """of the prompt, found in the KV cache"""
+    generated_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    steps: int = 0
+    """target forwards after the prefill"""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_by_depth: list[int] = field(default_factory=list)
+    """entry d: steps in which at least d+1 draft tokens were accepted"""
+    syncs: int = 0
+    """times the host waited for the device after the prefill"""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    seed: int | None = None
+    finish_reason: str | None = None
+    """"stop" or "length"; None while running"""
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Acceptance length: tokens a step yields, the next token included."""
+        return 1 + self.accepted_tokens / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding alone; the first token belongs to the prefill."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    def observe(self, nodes: int, num_accepted: int) -> None:
+        self.steps += 1
+        self.drafted_tokens += nodes - 1
+        self.accepted_tokens += num_accepted
+        self.accepted_by_depth += [0] * (num_accepted - len(self.accepted_by_depth))
+        for depth in range(num_accepted):
+            self.accepted_by_depth[depth] += 1
+
+    def to_dict(self) -> dict[str, object]:
+        values: dict[str, object] = {name: getattr(self, name) for name in self.__slots__}
+        values["tokens_per_step"] = round(self.tokens_per_step, 4)
+        values["tokens_per_second"] = round(self.tokens_per_second, 3)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A queued beam search and what it was made from."""
+
+    beam: Beam
+    levels: Levels
+    noise: mx.array | None
+    """(L, V) Gumbel noise of the positions after the root"""
+    summary: mx.array | None
+    """what the policy wants to read of it"""
+
+
+class Decoder:
+    """One text being decoded.
+
+    Carried from step to step: the KV cache, `root` (chosen by the target, not yet processed), `hidden` (the context
+    of the last committed token) and the queued draft.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: RecurrentDrafter | None,
+        cache: KVCache,
+        policy: Policy,
+        sampling: Sampling,
+    ) -> None:
+        self.target, self.drafter, self.cache = target, drafter, cache
+        self.policy, self.sampling = policy, sampling.seeded()
+        self.stats = Stats(seed=self.sampling.seed)
+        self.counts: TokenCounts | None = None
+        self.root = mx.array(0)
+        self.hidden = mx.zeros((0,))
+        self.draft: Draft | None = None
+
+    def prefill(self, tokens: Sequence[int], history: Sequence[int] = ()) -> int:
+        """Process the prompt in blocks and choose the first token. `history`: what the cache holds already."""
+        if self.sampling.has_penalties:
+            self.counts = TokenCounts.of([*history, *tokens], self.target.vocab_size)
+        prompt = mx.array(list(tokens), dtype=mx.int32)
+        for start in range(0, len(tokens), PREFILL_BLOCK):
+            out = self.target.extend(prompt[start : start + PREFILL_BLOCK], self.cache)
+            mx.eval(self.cache.arrays(), out.hidden)  # logits stay unevaluated except the last
+        position = mx.array([self.cache.length], dtype=mx.int32)
+        noise = None if self.sampling.is_greedy else self._gumbel(position)
+        logits = out.logits
+        if self.counts is not None:
+            none = mx.zeros((1, 1), dtype=mx.bool_)
+            logits = penalised(logits, self.sampling, self.counts, mx.zeros((1,), mx.int32), none)
+        self.root, self.hidden = choose(logits, self.sampling, noise)[0], out.hidden[0]
+        self._queue_draft(position[0])
+        return int(self.root.item())
+
+    def steps(self) -> Iterator[list[int]]:
+        """Decode for ever: the tokens of each step, accepted draft tokens first, then the target's next one."""
+        while True:
+            if self.draft is None:
+                yield from self._plain_steps()
+            else:
+                yield self._step(self.draft)
+
+    def _step(self, draft: Draft) -> list[int]:
+        tree = self._tree(draft)
+        verified = self.target.verify(tree, self.cache)
+        choice = self._choose(verified.logits, tree, draft.noise)
+        found = accept(tree, choice)
+        self.root, self.hidden = found.next_token, verified.hidden[found.last]
+        self._queue_draft(found.num_accepted + (self.cache.length + 1))
+        path, tokens = self._read(found)
+        self.cache.keep(path)
+        if self.counts is not None:
+            self.counts.add(tree.tokens[mx.array(path)])
+        self._note(tree.num_nodes, tokens)
+        return tokens
+
+    def _plain_steps(self) -> Iterator[list[int]]:
+        """Steps of one node. The next is launched before the last one's token is read: nothing depends on it."""
+        ahead: mx.array | None = None
+        while self.draft is None:
+            tree = chain(self.root.reshape(1))
+            verified = self.target.verify(tree, self.cache)
+            noise = None
+            if not self.sampling.is_greedy:
+                noise = self._gumbel(mx.array([self.cache.length + 1], dtype=mx.int32))
+            token = self._choose(verified.logits, tree, noise)
+            if self.counts is not None:
+                self.counts.add(tree.tokens)
+            self.cache.commit(1)
+            self.root, self.hidden = token[0], verified.hidden[0]
+            mx.async_eval(token, self.hidden)
+            if ahead is not None:
+                yield self._read_plain(ahead)
+            ahead = token
+            if self.policy.shape() is not None:
+                self._queue_draft(mx.array(self.cache.length, dtype=mx.int32))
+        if ahead is not None:
+            yield self._read_plain(ahead)
+
+    def _read_plain(self, token: mx.array) -> list[int]:
+        self.stats.syncs += 1
+        tokens = [int(token.item())]
+        self._note(1, tokens)
+        return tokens
+
+    def _note(self, nodes: int, tokens: list[int]) -> None:
+        self.stats.observe(nodes, len(tokens) - 1)
+        self.policy.observe(nodes, len(tokens) - 1)
+
+    def _gumbel(self, positions: mx.array) -> mx.array:
+        assert self.sampling.seed is not None
+        return gumbel(self.sampling.seed, positions, self.target.vocab_size)
+
+    def _queue_draft(self, position: mx.array) -> None:
+        """Queue the search for what follows `root`, which stands at `position` () int32."""
+        beam = self.policy.shape()
+        if beam is None or self.drafter is None:
+            self.draft = None
+            return
+        noise = drafter_noise = None
+        if not self.sampling.is_greedy:
+            noise = self._gumbel(position + mx.arange(1, beam.length + 1, dtype=mx.int32))
+            ids = self.drafter.target_ids()
+            rows = noise[:-1] if ids is None else mx.take(noise[:-1], ids, axis=1)
+            drafter_noise = rows * self.sampling.temperature
+        levels = search(
+            self.drafter, self.hidden, self.root, self.target.embed,
+            width=beam.width, length=beam.length, noise=drafter_noise,
+        )  # fmt: skip
+        self.draft = Draft(beam, levels, noise, self.policy.summary(levels))
+
+    def _read(self, found: Acceptance) -> tuple[list[int], list[int]]:
+        """Wait for the device, once: for what was accepted and for what the policy wants of the next draft."""
+        queued = self.draft
+        if queued is not None and queued.summary is not None:
+            mx.eval(found.packed, queued.summary)
+        elif queued is not None:
+            mx.async_eval(found.packed, queued.levels.tokens)
+        self.stats.syncs += 1
+        return found.read()
+
+    def _tree(self, draft: Draft) -> TokenTree:
+        """The nodes worth verifying of a queued draft."""
+        summary = [] if draft.summary is None else draft.summary.tolist()
+        nodes = self.policy.nodes(draft.beam, summary)
+        levels = draft.levels
+        if draft.beam.nodes is None and levels.width > 1:  # only what lies on a surviving beam
+            alive = mx.where(survivors(levels), levels.logprobs, -1e30)
+            levels = Levels(levels.tokens, levels.slots, alive)
+        return build(levels, self.root, nodes)
+
+    def _choose(self, logits: mx.array, tree: TokenTree, noise: mx.array | None) -> mx.array:
+        """The target's own token after every node. noise (L, V): row d belongs to the nodes of depth d."""
+        if self.counts is not None:
+            mask = ancestor_mask(tree.parents, tree.height) if tree.mask is None else tree.mask
+            logits = penalised(logits, self.sampling, self.counts, tree.tokens, mask)
+        return choose(logits, self.sampling, None if noise is None else noise[tree.depth])

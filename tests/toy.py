@@ -1,0 +1,101 @@
+"""Tiny models for tests: random weights from a seed, sizes that run in milliseconds."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import redrafter_mlx  # noqa: F401  (takes over the BLAS before mlx loads)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+
+from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter
+from redrafter_mlx.generation import Model
+from redrafter_mlx.target import Target
+
+VOCAB, HIDDEN = 64, 32
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+# family -> (config, whether any layer has a sliding window)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama3_rope": {
+        "model_type": "llama",
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama_window": {
+        "model_type": "llama",
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 12,
+    },
+    "qwen2": {"model_type": "qwen2", "rope_theta": 10000.0},
+    "qwen3": {"model_type": "qwen3", "rope_theta": 10000.0, "head_dim": 8},
+    "gemma": {"model_type": "gemma", "head_dim": 8},
+    "gemma2": {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8},
+    "gemma3": {
+        "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 12, "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 8, "rope_local_base_freq": 10000.0,
+    },
+    "phi3": {"model_type": "phi3", "rope_theta": 10000.0},
+    "granite": {
+        "model_type": "granite", "logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5, "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0,
+    },
+}  # fmt: skip
+
+
+def make_model(family: str = "llama", seed: int = 0) -> nn.Module:
+    """A tiny mlx-lm model. Weights are scaled up so that its greedy choices are clear ones."""
+    config = {**_COMMON, **FAMILIES[family]}
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    args = module.ModelArgs.from_dict(config)
+    mx.random.seed(seed)
+    model = module.Model(args)
+    if hasattr(model, "sanitize") and "gemma3" in family:
+        model.sanitize({})  # ties the embeddings
+    for _, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = layer.weight * 5.0
+        if isinstance(layer, nn.Embedding):
+            scale = 0.05 if family.startswith("gemma") else 0.3  # gemma multiplies it up again
+            layer.weight = mx.random.normal(layer.weight.shape) * scale
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def make_target(family: str = "llama", seed: int = 0) -> Target:
+    return Target(make_model(family, seed), f"tiny-{family}", max_length=512)
+
+
+def make_drafter(target: Target, seed: int = 1, **changes: Any) -> RecurrentDrafter:
+    """A random drafter of the target's sizes: it is nearly always wrong, which exactness must not notice."""
+    values: dict[str, Any] = {
+        "vocab_size": target.vocab_size, "hidden_size": target.hidden_size, "exit_dim": 2 * target.hidden_size,
+        "num_draft_layers": 1, "embedding_scale": target.embedding_scale, **changes,
+    }  # fmt: skip
+    mx.random.seed(seed)
+    drafter = RecurrentDrafter(DrafterConfig(**values))
+    target.watch(drafter.config.context_layers)
+    return drafter.bind(target)
+
+
+def make(family: str = "llama", seed: int = 0, **changes: Any) -> Model:
+    target = make_target(family, seed)
+    return Model(target, make_drafter(target, **changes))
