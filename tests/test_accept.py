@@ -1,0 +1,76 @@
+"""The acceptance rule on hand-made choices: never, sometimes, always."""
+
+from __future__ import annotations
+
+import pytest
+
+import redrafter_mlx  # noqa: F401
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from redrafter_mlx.accept import accept
+from redrafter_mlx.tree import TokenTree, ancestor_mask, build, chain
+from tests.test_tree import MARS, MARS_LEVELS, RED, random_levels
+
+
+def tree_of(tokens: list[int], parents: list[int]) -> TokenTree:
+    depth = [0] * len(tokens)
+    for node in range(1, len(tokens)):
+        depth[node] = depth[parents[node]] + 1
+    p = mx.array(parents, dtype=mx.int32)
+    return TokenTree(
+        mx.array(tokens, dtype=mx.int32), p, mx.array(depth, dtype=mx.int32), ancestor_mask(p, 3), 3
+    )
+
+
+TREE = tree_of([50, 11, 12, 13, 14, 13], [0, 0, 1, 2, 0, 4])
+
+
+@pytest.mark.parametrize(
+    ("choice", "path", "tokens"),
+    [
+        ([99, 0, 0, 0, 0, 0], [0], [99]),  # never: the root's choice is no child
+        ([11, 77, 0, 0, 0, 0], [0, 1], [11, 77]),  # sometimes
+        ([11, 12, 13, 66, 0, 0], [0, 1, 2, 3], [11, 12, 13, 66]),  # always
+        ([14, 0, 0, 0, 13, 5], [0, 4, 5], [14, 13, 5]),  # the second branch
+        ([11, 13, 13, 0, 13, 0], [0, 1], [11, 13]),  # agreement behind a refused node does not count
+    ],
+)
+def test_walk(choice: list[int], path: list[int], tokens: list[int]) -> None:
+    found = accept(TREE, mx.array(choice))
+    assert found.read() == (path, tokens)
+    assert found.num_accepted.item() == len(path) - 1
+    assert found.last.item() == path[-1] and found.next_token.item() == tokens[-1]
+
+
+def test_worked_example() -> None:
+    """The target says "is dark red" and then a full stop: three draft tokens and the next one are emitted."""
+    tree = build(MARS_LEVELS, mx.array(MARS), 10)
+    words = tree.tokens.tolist()
+    says = {MARS: 11, 11: 14, 14: RED}  # word -> the target's choice after it
+    found = accept(tree, mx.array([says.get(word, 0) for word in words]))
+    assert found.read()[1] == [11, 14, RED, 0]
+
+
+def test_root_alone() -> None:
+    assert accept(chain(mx.array([7])), mx.array([8])).read() == ([0], [8])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_against_a_plain_walk(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tree = build(random_levels(rng, 6, 5), mx.array(3), 20)
+    tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
+    choice = [
+        int(rng.choice([tokens[n] for n in range(1, 20) if parents[n] == node] or [0])) for node in range(20)
+    ]
+    choice[int(rng.integers(20))] = 99
+    node, path = 0, [0]
+    while (
+        child := next((n for n in range(1, 20) if parents[n] == node and tokens[n] == choice[node]), None)
+    ) is not None:
+        node = child
+        path.append(node)
+    assert accept(tree, mx.array(choice)).read() == (path, [*[tokens[n] for n in path[1:]], choice[node]])

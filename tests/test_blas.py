@@ -1,0 +1,49 @@
+"""Taking over the BLAS: in a process of its own each, since mlx loads once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux replaces the BLAS")
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    prefix = "import logging; logging.basicConfig(level='DEBUG');"
+    return subprocess.run(
+        [sys.executable, "-c", prefix + code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+@linux_only
+def test_off_says_so() -> None:
+    result = run("import redrafter_mlx", REDRAFTER_BLAS="off")
+    assert result.returncode == 0 and result.stderr.count("BLAS: left as it is") == 1
+
+
+@linux_only
+def test_unloadable_path_is_an_error() -> None:
+    result = run("import redrafter_mlx", REDRAFTER_BLAS="/no/such/lib.so")
+    assert result.returncode != 0 and "REDRAFTER_BLAS must be 'off' or a loadable library" in result.stderr
+
+
+@linux_only
+def test_warns_once_when_only_the_reference_blas_is_there() -> None:
+    code = (
+        "import importlib.machinery as im, pathlib, sys;"
+        "p = [q for q in map(pathlib.Path, sys.path) if (q / 'redrafter_mlx' / 'blas.py').exists()][0];"
+        "b = im.SourceFileLoader('b', str(p / 'redrafter_mlx' / 'blas.py')).load_module();"
+        "b._candidates = lambda: iter(()); b.importlib.util.find_spec = lambda n: None; print(b.take_over())"
+    )
+    result = run(code, PYTHONPATH=os.getcwd())
+    assert result.stdout.strip() == "None"
+    assert result.stderr.count("no fast BLAS found") == 1 and "pip install mkl" in result.stderr
+
+
+@linux_only
+def test_too_late_after_mlx() -> None:
+    result = run("import mlx.core; import redrafter_mlx")
+    assert "mlx was imported before redrafter_mlx" in result.stderr
