@@ -1,7 +1,7 @@
 """redrafter-mlx: Apple's Recurrent Drafter in MLX.
 
-A small recurrent head drafts a token tree from the target's last hidden state, the target verifies the whole tree in
-one forward, and the agreeing path is kept. See docs/algorithm.md.
+A small recurrent head drafts a token tree from the target's last hidden state, the target verifies the
+whole tree in one forward, and the agreeing path is kept. See docs/algorithm.md.
 """
 
 from __future__ import annotations

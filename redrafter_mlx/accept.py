@@ -1,8 +1,8 @@
 """The one acceptance rule, for greedy decoding and sampling alike.
 
-The target has drawn its own token after every node. A node is accepted when it equals the token drawn at its accepted
-parent. At most one child of a node can be, so the accepted nodes are one path; the token drawn at its end
-is the next token. No drafter probabilities are involved (docs/algorithm.md, "Exactness").
+The target has drawn its own token after every node. A node is accepted when it equals the token drawn at
+its accepted parent. At most one child of a node can be, so the accepted nodes are one path; the token drawn
+at its end is the next token. No drafter probabilities are involved (docs/algorithm.md, "Exactness").
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The KV cache that verifies a tree and keeps one path.
 
-mlx-lm's models ask a layer's cache for three things: `offset` (the position their RoPE starts at), `make_mask` and
-`update_and_fetch`. A `LayerCache` answers them so that an unmodified model verifies a token tree: `offset` is the
-vector of the nodes' positions and the mask lets a node attend to its ancestors. Committed positions are
-0 ... length-1; the rows of the last forward lie behind them until `keep` commits a path of them.
+mlx-lm's models ask a layer's cache for three things: `offset` (the position their RoPE starts at),
+`make_mask` and `update_and_fetch`. A `LayerCache` answers them so that an unmodified model verifies a token
+tree: `offset` is the vector of the nodes' positions and the mask lets a node attend to its ancestors.
+Committed positions are 0 ... length-1; the rows of the last forward lie behind them until `keep` commits a
+path of them.
 
 Buffers are written in place, in blocks; a rejected row costs nothing but being overwritten.
 
@@ -29,8 +30,8 @@ Arrays = tuple[mx.array, ...]
 class LayerCache:
     """Keys and values of one layer, plain or quantised, with or without a sliding window.
 
-    A layer with a window keeps the last `window` positions and up to a block more; `start` is the position of its
-    first row. Windows are enforced by the mask, so no ring buffer has to be unrolled or rewound.
+    A layer with a window keeps the last `window` positions and up to a block more; `start` is the position
+    of its first row. Windows are enforced by the mask, so no ring buffer has to be unrolled or rewound.
     """
 
     def __init__(self, shared: KVCache, window: int | None = None) -> None:
@@ -80,9 +81,7 @@ class LayerCache:
         self.num_rows = first + pending
         if self._shared.bits is None:
             return self.keys[0][..., : self.num_rows, :], self.values[0][..., : self.num_rows, :]
-        return tuple(
-            tuple(a[..., : self.num_rows, :] for a in arrays) for arrays in (self.keys, self.values)
-        )  # type: ignore[return-value]
+        return tuple(tuple(a[..., : self.num_rows, :] for a in arrays) for arrays in (self.keys, self.values))  # type: ignore[return-value]
 
     def _encode(self, rows: mx.array) -> Arrays:
         if self._shared.bits is None:

@@ -5,11 +5,12 @@ One step, everything between two synchronisations being one lazy graph:
     verify   one target forward over the tree's N rows
     choose   the target's own token after every node
     accept   the path on which tree and target agree
-    draft    the beam search for the next step, from the path's last hidden state, queued before the host looks
-    read     the one synchronisation: path, next token, and what the policy wants to know of the draft
-    keep     commit the path in the KV cache
+    draft    the beam search for the next step, from the path's last hidden state, queued before the
+    host looks read     the one synchronisation: path, next token, and what the policy wants to know
+    of the draft keep     commit the path in the KV cache
 
-Plain decoding is the same with a tree of one node; its path is known in advance, so it runs a step ahead.
+Plain decoding is the same with a tree of one node; its path is known in advance, so it runs a step
+ahead.
 
 Letters: N nodes, L beam length counting the root, C context size, V vocabulary.
 """
@@ -28,7 +29,7 @@ from .drafter import RecurrentDrafter
 from .policy import Policy
 from .sampling import Sampling, TokenCounts, choose, gumbel, penalised
 from .search import search
-from .target import Target
+from .target import Target, Verified
 from .tree import Beam, Levels, TokenTree, ancestor_mask, build, chain, survivors
 
 PREFILL_BLOCK = 2048  # prompt tokens per forward
@@ -98,8 +99,8 @@ class Draft:
 class Decoder:
     """One text being decoded.
 
-    Carried from step to step: the KV cache, `root` (chosen by the target, not yet processed), `hidden` (the context
-    of the last committed token) and the queued draft.
+    Carried from step to step: the KV cache, `root` (chosen by the target, not yet processed),
+    `hidden` (the context of the last committed token) and the queued draft.
     """
 
     def __init__(
@@ -119,7 +120,9 @@ class Decoder:
         self.draft: Draft | None = None
 
     def prefill(self, tokens: Sequence[int], history: Sequence[int] = ()) -> int:
-        """Process the prompt in blocks and choose the first token. `history`: what the cache holds already."""
+        """Process the prompt in blocks and choose the first token. `history`: what the cache holds
+        already.
+        """
         if self.sampling.has_penalties:
             self.counts = TokenCounts.of([*history, *tokens], self.target.vocab_size)
         prompt = mx.array(list(tokens), dtype=mx.int32)
@@ -137,7 +140,9 @@ class Decoder:
         return int(self.root.item())
 
     def steps(self) -> Iterator[list[int]]:
-        """Decode for ever: the tokens of each step, accepted draft tokens first, then the target's next one."""
+        """Decode for ever: the tokens of each step, accepted draft tokens first, then the target's
+        next one.
+        """
         while True:
             if self.draft is None:
                 yield from self._plain_steps()
@@ -145,25 +150,28 @@ class Decoder:
                 yield self._step(self.draft)
 
     def _step(self, draft: Draft) -> list[int]:
+        begun = time.perf_counter()
         tree = self._tree(draft)
-        verified = self.target.verify(tree, self.cache)
-        choice = self._choose(verified.logits, tree, draft.noise)
-        found = accept(tree, choice)
+        verified = self._verify(tree)
+        found = self._accept(tree, verified, draft)
         self.root, self.hidden = found.next_token, verified.hidden[found.last]
         self._queue_draft(found.num_accepted + (self.cache.length + 1))
         path, tokens = self._read(found)
-        self.cache.keep(path)
+        self._keep(path)
         if self.counts is not None:
             self.counts.add(tree.tokens[mx.array(path)])
-        self._note(tree.num_nodes, tokens)
+        self._note(draft.beam, tree.num_nodes, tokens, begun)
         return tokens
 
     def _plain_steps(self) -> Iterator[list[int]]:
-        """Steps of one node. The next is launched before the last one's token is read: nothing depends on it."""
+        """Steps of one node. The next is launched before the last one's token is read: nothing
+        depends on it.
+        """
         ahead: mx.array | None = None
         while self.draft is None:
-            tree = chain(self.root.reshape(1))
-            verified = self.target.verify(tree, self.cache)
+            begun = time.perf_counter()
+            tree = self.root_tree()
+            verified = self._verify(tree)
             noise = None
             if not self.sampling.is_greedy:
                 noise = self._gumbel(mx.array([self.cache.length + 1], dtype=mx.int32))
@@ -174,22 +182,34 @@ class Decoder:
             self.root, self.hidden = token[0], verified.hidden[0]
             mx.async_eval(token, self.hidden)
             if ahead is not None:
-                yield self._read_plain(ahead)
+                yield self._read_plain(ahead, begun)
             ahead = token
-            if self.policy.shape() is not None:
-                self._queue_draft(mx.array(self.cache.length, dtype=mx.int32))
+            self._queue_draft(mx.array(self.cache.length, dtype=mx.int32))
         if ahead is not None:
-            yield self._read_plain(ahead)
+            yield self._read_plain(ahead, time.perf_counter())
 
-    def _read_plain(self, token: mx.array) -> list[int]:
+    def root_tree(self) -> TokenTree:
+        """The tree of the root alone: plain decoding's."""
+        return chain(self.root.reshape(1))
+
+    def _verify(self, tree: TokenTree) -> Verified:
+        return self.target.verify(tree, self.cache)
+
+    def _accept(self, tree: TokenTree, verified: Verified, draft: Draft) -> Acceptance:
+        return accept(tree, self._choose(verified.logits, tree, draft.noise))
+
+    def _keep(self, path: list[int]) -> None:
+        self.cache.keep(path)
+
+    def _read_plain(self, token: mx.array, begun: float) -> list[int]:
         self.stats.syncs += 1
         tokens = [int(token.item())]
-        self._note(1, tokens)
+        self._note(None, 1, tokens, begun)
         return tokens
 
-    def _note(self, nodes: int, tokens: list[int]) -> None:
+    def _note(self, beam: Beam | None, nodes: int, tokens: list[int], begun: float) -> None:
         self.stats.observe(nodes, len(tokens) - 1)
-        self.policy.observe(nodes, len(tokens) - 1)
+        self.policy.observe(beam, nodes, len(tokens) - 1, time.perf_counter() - begun)
 
     def _gumbel(self, positions: mx.array) -> mx.array:
         assert self.sampling.seed is not None
@@ -214,7 +234,9 @@ class Decoder:
         self.draft = Draft(beam, levels, noise, self.policy.summary(levels))
 
     def _read(self, found: Acceptance) -> tuple[list[int], list[int]]:
-        """Wait for the device, once: for what was accepted and for what the policy wants of the next draft."""
+        """Wait for the device, once: for what was accepted and for what the policy wants of the
+        next draft.
+        """
         queued = self.draft
         if queued is not None and queued.summary is not None:
             mx.eval(found.packed, queued.summary)
@@ -234,7 +256,9 @@ class Decoder:
         return build(levels, self.root, nodes)
 
     def _choose(self, logits: mx.array, tree: TokenTree, noise: mx.array | None) -> mx.array:
-        """The target's own token after every node. noise (L, V): row d belongs to the nodes of depth d."""
+        """The target's own token after every node. noise (L, V): row d belongs to the nodes of
+        depth d.
+        """
         if self.counts is not None:
             mask = ancestor_mask(tree.parents, tree.height) if tree.mask is None else tree.mask
             logits = penalised(logits, self.sampling, self.counts, tree.tokens, mask)

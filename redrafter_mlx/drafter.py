@@ -7,11 +7,11 @@
     logits = lm_head[N] z        head "full";    rows (lm_head[N] z)   head "factored"
 
 `rows` are rows of the target's own output embedding, so a factored drafter carries no vocabulary matrix.
-Source: ReDrafter paper (arXiv 2403.09919) section 3 and apple/ml-recurrent-drafter `docs/drafter.md`; tensor
-names and config keys are those of Apple's checkpoints.
+Source: ReDrafter paper (arXiv 2403.09919) section 3 and apple/ml-recurrent-drafter `docs/drafter.md`;
+tensor names and config keys are those of Apple's checkpoints.
 
-Letters: B batch, K tokens in a row, H hidden size, C context size (H, or more with `context_layers`), X exit_dim,
-V the drafter's vocabulary, W beam width, L beam length counting the root.
+Letters: B batch, K tokens in a row, H hidden size, C context size (H, or more with `context_layers`), X
+exit_dim, V the drafter's vocabulary, W beam width, L beam length counting the root.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class DrafterConfig:
     activation: str = "silu"
     """"linear": TensorRT-LLM's RNN, without SiLU and, on the first step, without the bias."""
     context_layers: tuple[int, ...] = ()
-    """Outputs of these target layers (from 0), RMS-normalised, join the final hidden state in the context."""
+    """Outputs of these target layers (from 0), RMS-normalised, join the final hidden state in the context.
+    """
     embedding_scale: float = 1.0
     """What the target multiplies its embedding by; the drafter reads the scaled embedding."""
     calibration: tuple[float, ...] = ()
@@ -114,7 +115,8 @@ class DrafterConfig:
         """Read a config; returns it with the unknown keys, which the caller should report.
 
         Raises:
-            ValueError: another model's config, a key missing or with a value that cannot be; `where` is named.
+            ValueError: another model's config, a key missing or with a value that cannot be; `where` is
+            named.
         """
         kind = values.get("model_type", MODEL_TYPE)
         if kind != MODEL_TYPE:
@@ -180,6 +182,12 @@ class RecurrentDrafter(nn.Module):
     @property
     def has_input_proj(self) -> bool:
         return self.config.exit_dim != self.config.context_size + self.config.hidden_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes one level of a search reads: the own weights, and the target's rows of a factored head."""
+        own = sum(array.nbytes for _, array in tree_flatten(self.parameters()))
+        return own + (self._rows.nbytes if self._rows is not None else 0)
 
     @property
     def is_bound(self) -> bool:
@@ -257,7 +265,8 @@ class RecurrentDrafter(nn.Module):
             embed: token ids -> vectors (..., H), scaled as the target scales them.
 
         Returns:
-            (B, K, V) over the drafter's vocabulary (`target_ids` names the tokens where it is a reduced one).
+            (B, K, V) over the drafter's vocabulary (`target_ids` names the tokens where it is a reduced
+            one).
         """
         states = self.states(embed(tokens))
         context = mx.broadcast_to(hidden[:, None], (*states.shape[:2], hidden.shape[-1]))
@@ -309,9 +318,7 @@ def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> RecurrentDr
         ValueError: all missing, superfluous and misshapen tensors, in one message.
     """
     folder = Path(path)
-    config, unknown = DrafterConfig.from_dict(
-        read_json(folder / "config.json"), str(folder / "config.json")
-    )
+    config, unknown = DrafterConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     if unknown:
         import warnings
 
@@ -356,9 +363,7 @@ def quantize_drafter(drafter: RecurrentDrafter, bits: int, group_size: int) -> N
     nn.quantize(drafter, group_size=group_size, bits=bits, class_predicate=predicate)
 
 
-def save_drafter(
-    drafter: RecurrentDrafter, path: str | Path, extra: Sequence[tuple[str, str]] = ()
-) -> None:
+def save_drafter(drafter: RecurrentDrafter, path: str | Path, extra: Sequence[tuple[str, str]] = ()) -> None:
     """Write a drafter folder; it appears whole or not at all. `extra`: further text files (name, content)."""
     with new_folder(Path(path)) as folder:
         text = json.dumps(drafter.config.to_dict(), indent=2, sort_keys=True)

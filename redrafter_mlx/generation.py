@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .auto import Auto, Experience
 from .cache import KVCache
+from .cost import cost_table
 from .decode import Decoder, Stats
 from .drafter import RecurrentDrafter
 from .policy import Fixed, Off, Policy
@@ -22,13 +24,17 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Model:
-    """What `load` returns: a target, its drafter where there is one, its tokenizer where there is one."""
+    """What `load` returns: a target, its drafter where there is one, its tokenizer where there is
+    one.
+    """
 
     target: Target
     drafter: RecurrentDrafter | None = None
     tokenizer: TokenizerWrapper | None = None
+    experience: Experience | None = None
+    """what `draft="auto"` has learned about the two on this machine"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +54,19 @@ class Chunk:
 
 @dataclass(slots=True)
 class PromptCache:
-    """A KV cache that outlives one generation, with the tokens it holds: give it to the next turn."""
+    """A KV cache that outlives one generation, with the tokens it holds: give it to the next
+    turn.
+    """
 
     tokens: list[int] = field(default_factory=list)
     kv: KVCache | None = None
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Cut the cache back to the longest prefix it shares with `prompt` and return that prefix's length.
+        """Cut the cache back to the longest prefix it shares with `prompt` and return that prefix's
+        length.
 
-        At least one prompt token is left to process: the drafter needs the hidden state of the last one.
+        At least one prompt token is left to process: the drafter needs the hidden state of the last
+        one.
         """
         if self.kv is None:
             return 0
@@ -107,7 +117,7 @@ def _encode(model: Model, prompt: Prompt, raw: bool) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def make_policy(model: Model, draft: str | Beam) -> Policy:
+def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
     """The policy for a `draft` argument: "auto", "off", "WxL", "WxL@N" or a Beam.
 
     Raises:
@@ -116,9 +126,13 @@ def make_policy(model: Model, draft: str | Beam) -> Policy:
     if draft == "off" or (draft == "auto" and model.drafter is None):
         return Off()
     if model.drafter is None:
-        raise ValueError(f"draft={str(draft)!r} needs a drafter, and {model.target.name} was loaded without one")
+        raise ValueError(
+            f"draft={str(draft)!r} needs a drafter, and {model.target.name} was loaded without one"
+        )
     if draft == "auto":
-        return Fixed(Beam(1, 4))
+        if model.experience is None:
+            model.experience = Experience(cost_table(model.target, model.drafter))
+        return Auto(model.experience, greedy, model.drafter.config.draft_vocab)
     beam = draft if isinstance(draft, Beam) else Beam.parse(draft)
     if beam.width > model.drafter.config.draft_vocab:
         raise ValueError(
@@ -143,7 +157,8 @@ def stream_generate(
     """Generate text, a chunk per token.
 
     Args:
-        prompt: a string (chat template applied unless `raw`), a list of messages, or a list of token ids.
+        prompt: a string (chat template applied unless `raw`), a list of messages, or a list of
+            token ids.
         max_tokens: tokens to generate at most.
         sampling: greedy by default.
         draft: "auto", "off", "WxL" or "WxL@N" (L counts the root, N = rows verified, root included).
@@ -160,20 +175,21 @@ def stream_generate(
     limit = model.target.max_length
     if limit is not None and len(tokens) + max_tokens > limit:
         raise ValueError(
-            f"prompt ({len(tokens)} tokens) + max_tokens ({max_tokens}) is {len(tokens) + max_tokens}, more than "
-            f"the context of {limit} that {model.target.name} has"
+            f"prompt ({len(tokens)} tokens) + max_tokens ({max_tokens}) is more than the context of {limit} "
+            f"tokens that {model.target.name} has"
         )
     if isinstance(stop, str):
         raise ValueError("stop must be a list of strings, not one string")
     if stop and model.tokenizer is None:
         raise ValueError(f"stop strings need a tokenizer, and {model.target.name} has none")
-    policy = make_policy(model, draft)
+    sampling = sampling or Sampling()
+    policy = make_policy(model, draft, sampling.is_greedy)
     cache = cache or PromptCache()
     if cache.kv is None:
         cache.kv = model.target.new_cache(kv_bits)
     elif cache.kv.bits != kv_bits:
         raise ValueError(f"the cache given has kv_bits {cache.kv.bits}, asked for {kv_bits}")
-    return _stream(model, tokens, max_tokens, sampling or Sampling(), policy, stop, cache)
+    return _stream(model, tokens, max_tokens, sampling, policy, stop, cache)
 
 
 def _stream(
@@ -226,7 +242,9 @@ def _tokens(decoder: Decoder, first: int) -> Iterator[tuple[int, bool]]:
 
 
 def _settle(cache: PromptCache, kv: KVCache, tokens: list[int]) -> None:
-    """Leave the cache with exactly the tokens that were given or emitted, also after an interruption."""
+    """Leave the cache with exactly the tokens that were given or emitted, also after an
+    interruption.
+    """
     surplus = kv.length - len(tokens)
     if surplus > 0 and not kv.can_trim_to(len(tokens)):
         cache.kv, cache.tokens = None, []

@@ -1,9 +1,9 @@
 """A `.gguf` file of the Llama family as mlx-lm's Llama, with its tokenizer.
 
-`mx.load` reads the tensors (Q4_0, Q4_1 and Q8_0 stay packed in groups of 32; F16, F32 and the other types it
-knows become float arrays). What is left to do: check the file first (`mx.load` trusts it), rename the tensors,
-undo the row permutation llama.cpp applies to q and k, and rebuild tokenizer and chat template from the
-metadata. Layout of the file: ggml's docs/gguf.md.
+`mx.load` reads the tensors (Q4_0, Q4_1 and Q8_0 stay packed in groups of 32; F16, F32 and the other types
+it knows become float arrays). What is left to do: check the file first (`mx.load` trusts it), rename the
+tensors, undo the row permutation llama.cpp applies to q and k, and rebuild tokenizer and chat template from
+the metadata. Layout of the file: ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -283,9 +283,7 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> TokenizerWrapper:
         raise ValueError(f"{path} has tokenizer {kind!r}; 'gpt2' (BPE) and 'llama' can be loaded")
     assert isinstance(tokenizer, Tokenizer)
     control = [token for token, type_ in zip(tokens, types, strict=True) if type_ in (3, 4)]
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in control]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
 
     def token(name: str) -> str | None:
         index = meta.get(f"tokenizer.ggml.{name}_token_id")
@@ -357,9 +355,7 @@ def _sentencepiece_bpe(meta: dict[str, Any], tokens: list[str], types: list[int]
     skip = [token for token, type_ in zip(tokens, types, strict=True) if type_ != 1]
     merges = generate_merges(vocab, scores, skip)
     unknown = tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(
-        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     space = normalizers.Replace(" ", "▁")
     if meta.get("tokenizer.ggml.add_space_prefix", True):
         space = normalizers.Sequence([normalizers.Prepend("▁"), space])

@@ -1,7 +1,8 @@
 """`load`: a target, its drafter and its tokenizer, from wherever they are.
 
-A target is the name of the default model, a `.gguf` file, an mlx-lm folder, or a Hugging Face id. On the CPU a quantised
-target is dequantised to float32: its quantised matmul costs linearly per row there, so drafting could never pay.
+A target is the name of the default model, a `.gguf` file, an mlx-lm folder, or a Hugging Face id. On the
+CPU a quantised target is dequantised to float32: its quantised matmul costs linearly per row there, so
+drafting could never pay.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def load(
 
     Args:
         target: default model's name, `.gguf` file, mlx-lm folder or Hugging Face id.
-        drafter: drafter folder or Hugging Face id; "none" for none. By default the one shipped for the default
+        drafter: drafter folder or Hugging Face id; "none" for none. By default the one shipped for the
+        default
             model, and a `drafter` folder inside a local target's folder.
-        dtype: "float32", "float16" or "bfloat16" for weights that are not quantised. Default: as stored on a GPU,
+        dtype: "float32", "float16" or "bfloat16" for weights that are not quantised. Default: as stored on
+        a GPU,
             float32 on the CPU.
         revision: of a Hugging Face id.
 
@@ -105,7 +108,9 @@ def _folder(source: str, revision: str | None, what: str) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no {what} folder {source!r} here, and none from Hugging Face: {reason}") from None
+        raise FileNotFoundError(
+            f"no {what} folder {source!r} here, and none from Hugging Face: {reason}"
+        ) from None
 
 
 def _prepare(model: nn.Module, dtype: str | None) -> None:

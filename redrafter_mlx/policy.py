@@ -1,7 +1,7 @@
 """How much to draft in the next step.
 
-A policy is asked twice per step: which beam search to queue (`shape`), before the host knows anything, and how many of
-its nodes to verify (`nodes`), after the step's one synchronisation.
+A policy is asked twice per step: which beam search to queue (`shape`), before the host knows
+anything, and how many of its nodes to verify (`nodes`), after the step's one synchronisation.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ class Policy(Protocol):
     def nodes(self, beam: Beam, summary: list[float]) -> int:
         """Rows to verify, root included."""
 
-    def observe(self, nodes: int, num_accepted: int) -> None:
-        """Hear what a step brought."""
+    def observe(self, beam: Beam | None, nodes: int, num_accepted: int, seconds: float) -> None:
+        """Hear what a step brought (`beam`: None for a plain one) and how long the host was in
+        it.
+        """
 
 
 class Off:
@@ -41,7 +43,7 @@ class Off:
     def nodes(self, beam: Beam, summary: list[float]) -> int:
         return 1
 
-    def observe(self, nodes: int, num_accepted: int) -> None:
+    def observe(self, beam: Beam | None, nodes: int, num_accepted: int, seconds: float) -> None:
         pass
 
 

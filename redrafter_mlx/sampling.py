@@ -1,11 +1,12 @@
 """From logits to the target's own token: filters, penalties, and noise keyed by position.
 
-choice = argmax(filter(logits) / T + gumbel(seed, position)) is a draw from softmax(filter(logits) / T). The noise
-depends on nothing but the seed and the token's absolute position, so the text is a function of model, prompt,
-settings and seed, whatever was drafted (docs/algorithm.md, "Sampling").
+choice = argmax(filter(logits) / T + gumbel(seed, position)) is a draw from softmax(filter(logits) / T). The
+noise depends on nothing but the seed and the token's absolute position, so the text is a function of model,
+prompt, settings and seed, whatever was drafted (docs/algorithm.md, "Sampling").
 
-The filters are mlx-lm's, in its order, on the distribution before the temperature: top-p, min-p, top-k. None sorts
-the vocabulary: a threshold is found by bisecting the bits of the float, 31 passes that any device does fast.
+The filters are mlx-lm's, in its order, on the distribution before the temperature: top-p, min-p, top-k.
+None sorts the vocabulary: a threshold is found by bisecting the bits of the float, 31 passes that any
+device does fast.
 
 Letters: N rows, V vocabulary.
 """
@@ -77,9 +78,7 @@ def gumbel(seed: int, positions: mx.array, vocab_size: int) -> mx.array:
     The key of a row is (seed, position) itself: Threefry is counter-based, so keys need no spreading.
     """
     mixed = (seed ^ (seed >> 32)) & 0xFFFFFFFF
-    keys = mx.stack(
-        [mx.full(positions.shape, mixed, dtype=mx.uint32), positions.astype(mx.uint32)], axis=1
-    )
+    keys = mx.stack([mx.full(positions.shape, mixed, dtype=mx.uint32), positions.astype(mx.uint32)], axis=1)
     return mx.vmap(lambda key: mx.random.gumbel((vocab_size,), key=key))(keys)
 
 

@@ -1,8 +1,8 @@
 """Beam search through the drafter, on the device: levels of W tokens, no host work in between.
 
-The target draws its token at position p as argmax(log p + gumbel(seed, p)). The drafter adds the same noise to its
-own logits, so that it guesses what the target will draw and not what is likely on average:
-scores = log softmax((logits + T gumbel) / tau), tau = 1 at T = 0 (docs/algorithm.md, "Sampling").
+The target draws its token at position p as argmax(log p + gumbel(seed, p)). The drafter adds the same noise
+to its own logits, so that it guesses what the target will draw and not what is likely on average: scores =
+log softmax((logits + T gumbel) / tau), tau = 1 at T = 0 (docs/algorithm.md, "Sampling").
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def search(
     return Levels(mx.stack(tokens), mx.stack(slots), mx.stack(logprobs))
 
 
-def _log_softmax(
-    drafter: RecurrentDrafter, logits: mx.array, level: int, noise: mx.array | None
-) -> mx.array:
+def _log_softmax(drafter: RecurrentDrafter, logits: mx.array, level: int, noise: mx.array | None) -> mx.array:
     if noise is not None:
         logits = (logits + noise[level]) / SAMPLING_TAU
     elif level < len(drafter.config.calibration):

@@ -1,8 +1,8 @@
 """Any mlx-lm model as the target: a token tree in, hidden states and logits out.
 
-The model's own code runs unchanged, so its scaling, soft-capping and head stay in force. Three things are attached to
-the loaded instance: its inner model and chosen layers note their outputs, and every `rope` also takes a vector
-of positions, one per row.
+The model's own code runs unchanged, so its scaling, soft-capping and head stay in force. Three things are
+attached to the loaded instance: its inner model and chosen layers note their outputs, and every `rope` also
+takes a vector of positions, one per row.
 
 Letters: N rows, H hidden size, V vocabulary.
 """
@@ -80,7 +80,7 @@ class Target:
         for module in model.modules():
             if isinstance(module.get("rope"), nn.Module) and not isinstance(module.rope, _Rope):
                 module.rope = _Rope(module.rope)
-        self._embedding: nn.Module = _embedding(self._inner)
+        self.embedding: nn.Module = _embedding(self._inner)
         self.embedding_scale, self.hidden_size, self.vocab_size, self.dtype = self._probe()
 
     def _probe(self) -> tuple[float, int, int, mx.Dtype]:
@@ -98,7 +98,7 @@ class Target:
             logits = self.model(mx.array([[1]]), cache=None)
         finally:
             first.__class__ = original
-        vector = self._embedding(mx.array([1]))[0].astype(mx.float32)
+        vector = self.embedding(mx.array([1]))[0].astype(mx.float32)
         scaled = seen[0].reshape(-1).astype(mx.float32)
         scale = ((vector * scaled).sum() / (vector * vector).sum()).item()
         hidden = self._notes[_FINAL]
@@ -151,28 +151,32 @@ class Target:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Token ids (...) -> vectors (..., H), scaled as the model scales them."""
-        vectors = self._embedding(tokens)
+        vectors = self.embedding(tokens)
         return vectors if self.embedding_scale == 1 else vectors * self.embedding_scale
+
+    @property
+    def has_own_head(self) -> bool:
+        """False where the output head is the input embedding (tied)."""
+        return self._head is not self.embedding
+
+    @property
+    def _head(self) -> nn.Module:
+        for owner in (self.model, self.model.get("language_model")):
+            for name in ("lm_head", "output"):
+                if isinstance(owner, nn.Module) and isinstance(owner.get(name), nn.Module):
+                    return owner[name]
+        return self.embedding
 
     def output_rows(self, tokens: mx.array | None = None) -> mx.array:
         """Rows of the output embedding, (n, H) in the model's dtype; all of them without `tokens`."""
-        head = self._embedding
-        for owner in (self.model, getattr(self.model, "language_model", None)):
-            for name in ("lm_head", "output"):
-                if owner is not None and isinstance(owner.get(name), nn.Module):
-                    head = owner[name]
-        weight, scales = head.weight, head.get("scales")
-        rows = weight if tokens is None else weight[tokens]
+        head = self._head
+        parts = [head.weight, head.get("scales"), head.get("biases")]
+        if tokens is not None:
+            parts = [part if part is None else part[tokens] for part in parts]
+        rows, scales, biases = parts
         if scales is not None:
-            biases = head.get("biases")
-            rows = mx.dequantize(
-                rows,
-                scales if tokens is None else scales[tokens],
-                None if biases is None else biases if tokens is None else biases[tokens],
-                group_size=head.group_size,
-                bits=head.bits,
-                mode=head.get("mode", "affine") if "mode" in head else getattr(head, "mode", "affine"),
-            )
+            mode = getattr(head, "mode", "affine")
+            rows = mx.dequantize(rows, scales, biases, group_size=head.group_size, bits=head.bits, mode=mode)
         return rows.astype(self.dtype)
 
     def check_tree(self) -> None:

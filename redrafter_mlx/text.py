@@ -10,7 +10,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 class TextStream:
     """Turns tokens into text piece by piece.
 
-    Bytes of an unfinished character wait for the rest, and so does text that may be the beginning of a stop string.
+    Bytes of an unfinished character wait for the rest, and so does text that may be the beginning of a stop
+    string.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper | None, stop: Sequence[str] = ()) -> None:

@@ -44,9 +44,7 @@ class Beam:
             )
         limit = min(MAX_NODES, self.most_nodes) if self.nodes is not None else MAX_NODES
         if self.nodes is not None and not 2 <= self.nodes <= limit:
-            raise ValueError(
-                f"{self.width}x{self.length} can verify 2 to {limit} nodes, not {self.nodes}"
-            )
+            raise ValueError(f"{self.width}x{self.length} can verify 2 to {limit} nodes, not {self.nodes}")
         if self.nodes is None and self.most_nodes > MAX_NODES:
             raise ValueError(
                 f"{self.width}x{self.length} is up to {self.most_nodes} nodes, more than {MAX_NODES}: "

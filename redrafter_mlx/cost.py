@@ -1,0 +1,193 @@
+"""What a verified row and a draft cost on this machine, for this model.
+
+C(n), the seconds of one target forward over n rows, is nowhere a straight line: kernels change at certain
+row counts, differently on every chip (docs/performance.md). So it is measured, at first use of a (machine,
+model, dtype), and kept in the cache folder. So are the seconds of a beam search by width and length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .default_model import cache_dir
+from .device import device_name
+from .drafter import RecurrentDrafter
+from .files import new_file, read_json
+from .search import search
+from .target import Target
+from .tree import MAX_NODES, chain
+
+_log = logging.getLogger("redrafter_mlx")
+
+# Where MLX's kernels change, and between: 5-row tiles, 6/10/12/13/14/15/18/25/32/33-row limits on
+# Metal.
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 32, 33, 48, 64)
+WIDTHS = (1, 2, 4, 8)
+BUDGET_SECONDS = 8.0
+CONTEXT = 128  # positions in the cache while measuring
+VERSION = 2
+
+
+@dataclass(slots=True)
+class CostTable:
+    """Seconds of a forward over n rows, and of a beam search."""
+
+    rows: dict[int, float]
+    """C(n) at the measured n"""
+    first_level: dict[int, float]
+    """seconds of a search with one level, by width"""
+    per_level: dict[int, float]
+    """seconds of every further level, by width"""
+
+    def verify_seconds(self) -> np.ndarray:
+        """C(n) for n = 0 ... MAX_NODES, straight lines between measured n; C(0) = 0."""
+        known = sorted(self.rows)
+        seconds = np.interp(np.arange(MAX_NODES + 1), known, [self.rows[n] for n in known])
+        if known[-1] < MAX_NODES:  # stopped measuring where it no longer could pay: go on as steeply
+            slope = self.rows[known[-1]] / known[-1]
+            seconds[known[-1] :] = self.rows[known[-1]] + slope * np.arange(MAX_NODES + 1 - known[-1])
+        seconds[0] = 0.0
+        return seconds
+
+    def draft_seconds(self, width: int, length: int) -> float:
+        """Seconds of a search with W = width, L = length (root counted)."""
+        known = sorted(self.first_level)
+        first = float(np.interp(width, known, [self.first_level[w] for w in known]))
+        level = float(np.interp(width, known, [self.per_level[w] for w in known]))
+        return first + level * (length - 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            **{
+                name: {str(k): v for k, v in getattr(self, name).items()}
+                for name in ("rows", "first_level", "per_level")
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CostTable:
+        if values.get("version") != VERSION:
+            raise ValueError("another version")
+        parts = [
+            {int(k): float(v) for k, v in values[name].items()}
+            for name in ("rows", "first_level", "per_level")
+        ]
+        return cls(*parts)
+
+
+def cost_table(target: Target, drafter: RecurrentDrafter, fresh: bool = False) -> CostTable:
+    """The table for this machine, model and drafter: from the cache folder, or measured now (under
+    10 s).
+    """
+    path = cache_path(target, drafter)
+    if not fresh:
+        try:
+            return CostTable.from_dict(read_json(path))
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _log.warning("%s is damaged (%s), measuring again", path, error)
+    _log.info("measuring what a verified row costs here, once")
+    table = measure(target, drafter)
+    try:
+        with new_file(path) as part:
+            part.write_text(json.dumps(table.to_dict(), indent=1))
+    except OSError as error:
+        _log.warning("the measurement could not be kept in %s: %s", path, error)
+    return table
+
+
+def cache_path(target: Target, drafter: RecurrentDrafter) -> Path:
+    """One file per device, MLX version, model sizes and dtypes, drafter sizes."""
+
+    def sizes(module: Any) -> list[str]:
+        return sorted({f"{a.shape}{a.dtype}" for _, a in tree_flatten(module.parameters())})
+
+    version = importlib.metadata.version("mlx")
+    config = drafter.config.to_dict()
+    config = {k: v for k, v in config.items() if k not in ("training", "calibration", "target")}
+    identity = [
+        device_name(),
+        version,
+        target.name,
+        len(target.model.layers),
+        sizes(target.model),
+        config,
+    ]
+    digest = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16]
+    return cache_dir() / "cost" / f"{digest}.json"
+
+
+def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SECONDS) -> CostTable:
+    """Measure within about `budget` seconds, rounds interleaved so that a slow moment hits all
+    sizes alike.
+    """
+    cache = target.new_cache()
+    cache.reserve(CONTEXT + MAX_NODES)
+    tokens = mx.arange(CONTEXT, dtype=mx.int32) % target.vocab_size
+    mx.eval(target.extend(tokens, cache).hidden)
+    context = mx.zeros((drafter.config.context_size,), dtype=target.dtype)
+
+    def forward(rows: int) -> Callable[[], None]:
+        nodes = tokens[:rows]
+        return lambda: mx.eval(mx.argmax(target.verify(chain(nodes), cache).logits, axis=-1))
+
+    def draft(width: int, length: int) -> Callable[[], None]:
+        root = mx.array(0, dtype=mx.int32)
+
+        def run() -> None:
+            levels = search(drafter, context, root, target.embed, width=width, length=length)
+            mx.eval(levels.tokens, levels.logprobs)
+
+        return run
+
+    widths = [w for w in WIDTHS if w <= drafter.config.draft_vocab]
+    jobs: dict[tuple[str, int, int], Callable[[], None]] = {}
+    for width in widths:
+        for length in (2, 5):
+            jobs["draft", width, length] = draft(width, length)
+    for rows in ROWS:
+        jobs["rows", rows, 0] = forward(rows)
+    times = _interleaved(jobs, budget)
+    rows_seconds = {key[1]: value for key, value in times.items() if key[0] == "rows"}
+    first = {w: times["draft", w, 2] for w in widths}
+    level = {w: max(0.0, (times["draft", w, 5] - first[w]) / 3) for w in widths}
+    return CostTable(rows_seconds, first, level)
+
+
+def _interleaved(
+    jobs: dict[tuple[str, int, int], Callable[[], None]], budget: float
+) -> dict[tuple[str, int, int], float]:
+    """Median seconds of every job. Sizes that cost over four plain steps are dropped: they can
+    never pay.
+    """
+    started, times = time.perf_counter(), {}
+    for key, job in jobs.items():
+        job()  # warm-up: compiles kernels, grows buffers
+        begun = time.perf_counter()
+        job()
+        times[key] = [time.perf_counter() - begun]
+        plain = times.get(("rows", 1, 0))
+        if key[0] == "rows" and key[1] > 5 and plain and times[key][0] > 5 * plain[0]:
+            break
+    for _ in range(8):
+        if time.perf_counter() - started > budget:
+            break
+        for key in times:
+            begun = time.perf_counter()
+            jobs[key]()
+            times[key].append(time.perf_counter() - begun)
+    return {key: float(np.median(values)) for key, values in times.items()}

@@ -1,0 +1,150 @@
+"""`auto`: identical text, no slower where drafting cannot pay, wide where it does. All times are made up."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.toy import make
+
+# isort: split
+import numpy as np
+
+from redrafter_mlx import auto as auto_module
+from redrafter_mlx import cost
+from redrafter_mlx.auto import Auto, Experience
+from redrafter_mlx.cost import CostTable, cache_path, cost_table
+from redrafter_mlx.generation import generate
+from redrafter_mlx.sampling import Sampling
+from redrafter_mlx.tree import Beam
+
+
+def table(slope: float, draft: float = 0.02) -> CostTable:
+    """A forward costs 1 + slope per further row; a level of the draft costs `draft`."""
+    rows = {n: 1 + slope * (n - 1) for n in (1, 2, 4, 8, 16, 32)}
+    return CostTable(rows, {1: draft, 8: draft}, {1: draft, 8: draft})
+
+
+def drive(policy: Auto, steps: int, level_prob: float, accepts: bool) -> tuple[list[int], float, int]:
+    """Run a policy against a drafter that gives every level's best token `level_prob`, and is right or wrong.
+
+    Returns the nodes verified in each step, the seconds spent by the policy's own table, and tokens made.
+    """
+    truth = policy.experience.table.verify_seconds()
+    seen, seconds, tokens = [], 0.0, 0
+    for _ in range(steps):
+        beam = policy.shape()
+        if beam is None:
+            seen.append(1)
+            seconds, tokens = seconds + truth[1], tokens + 1
+            policy.observe(None, 1, 0, truth[1])
+            continue
+        ranks = np.arange(beam.width)
+        best = np.log(level_prob) * np.arange(1, beam.length)[:, None]
+        logprobs = best + np.log(np.where(ranks == 0, 1, (1 - level_prob) / 4 / np.maximum(ranks, 1)))
+        nodes = policy.nodes(beam, logprobs.reshape(-1).tolist())
+        depth = min(policy.expected.size, np.flatnonzero(policy.expected > 0.05).size)
+        accepted = depth if accepts else 0
+        cost_now = truth[nodes] + policy.experience.table.draft_seconds(beam.width, beam.length)
+        policy.observe(beam, nodes, accepted, cost_now)
+        seen.append(nodes)
+        seconds, tokens = seconds + cost_now, tokens + 1 + accepted
+    return seen, seconds, tokens
+
+
+def test_flat_cost_and_a_good_drafter_draft_wide() -> None:
+    seen, seconds, tokens = drive(Auto(Experience(table(0.01)), True, 64), 200, 0.8, True)
+    assert np.median(seen) >= 5 and tokens / seconds > 2
+
+
+def test_steep_cost_shrinks_to_a_chain() -> None:
+    policy = Auto(Experience(table(0.4)), True, 64)
+    drive(policy, 200, 0.8, True)
+    assert policy.best is not None and policy.best[0] == 1
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("prob", [0.05, 0.9])
+def test_a_drafter_that_is_always_wrong_costs_next_to_nothing(
+    slope: float, prob: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However sure of itself it is. 256 steps of a fresh process keep 95 % of plain decoding's speed."""
+    experience = Experience(table(slope, draft=0.1))
+    with caplog.at_level(logging.WARNING):
+        _, seconds, tokens = drive(Auto(experience, True, 64), 256, prob, False)
+        _, later, more = drive(Auto(experience, True, 64), 256, prob, False)
+    assert more / later > 0.97
+    assert tokens / seconds > (0.95 if slope < 0.5 else 0.9)
+    said = [r for r in caplog.records if "does not pay" in r.message]
+    assert len(said) == 1, "it says so once"
+
+
+def test_it_comes_back() -> None:
+    """Off with a wrong drafter; on again when the drafter is right."""
+    policy = Auto(Experience(table(0.05)), True, 64)
+    drive(policy, 100, 0.9, False)
+    assert policy.plain_left > 0
+    seen, _, _ = drive(policy, 1500, 0.9, True)
+    assert np.mean(np.array(seen[-200:]) > 1) > 0.9
+
+
+def test_times_correct_the_table() -> None:
+    policy = Auto(Experience(table(0.05)), True, 64)
+    for _ in range(60):
+        policy.observe(None, 1, 0, 1.5)
+    assert policy.experience.verify[1] == pytest.approx(1.5, abs=0.02)
+    policy.observe(None, 1, 0, 99.0)  # a pause of the process, not of the model
+    assert policy.experience.verify[1] == pytest.approx(1.5, abs=0.02)
+
+
+def test_nodes_are_the_best_prefix() -> None:
+    policy = Auto(Experience(table(0.2, draft=0.0)), True, 64)
+    probs = np.array([[0.9, 0.05], [0.5, 0.2], [0.1, 0.05]])
+    # a further row costs 0.2 of a step; 0.9 and 0.5 are worth it, 0.2 just not at (1 + 1.4) / 1.4
+    assert policy.nodes(Beam(2, 4, 7), np.log(probs).reshape(-1).tolist()) == 3
+
+
+def test_text_is_plain_decodings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(cost, "BUDGET_SECONDS", 0.2)
+    monkeypatch.setattr(auto_module, "FIRST_PAUSE", 4)  # on and off many times
+    monkeypatch.setattr(auto_module, "LONGEST_PAUSE", 8)
+    model = make("llama")
+    for sampling in (Sampling(), Sampling(temperature=0.8, seed=1)):
+        _, plain = generate(model, [1, 2, 3], max_tokens=120, sampling=sampling, draft="off")
+        model.experience = None
+        _, stats = generate(model, [1, 2, 3], max_tokens=120, sampling=sampling, draft="auto")
+        assert stats.token_ids == plain.token_ids
+        assert stats.syncs == stats.steps
+
+
+def test_table_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(cost, "BUDGET_SECONDS", 0.1)
+    model = make("llama")
+    assert model.drafter is not None
+    calls: list[int] = []
+    original = cost.measure
+    monkeypatch.setattr(cost, "measure", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    first = cost_table(model.target, model.drafter)
+    assert cost_table(model.target, model.drafter).rows == first.rows and len(calls) == 1
+    path = cache_path(model.target, model.drafter)
+    assert all(value > 0 for value in json.loads(path.read_text())["rows"].values())
+    path.write_text("{}")
+    cost_table(model.target, model.drafter)
+    assert len(calls) == 2, "a damaged file is measured again"
+    wide = make("llama", exit_dim=128)
+    assert wide.drafter is not None
+    assert cache_path(wide.target, wide.drafter) != path
+
+
+def test_interpolation() -> None:
+    seconds = CostTable({1: 1.0, 2: 1.5, 4: 2.5}, {1: 0.1, 8: 0.8}, {1: 0.2, 8: 0.9}).verify_seconds()
+    assert seconds[:5].tolist() == pytest.approx([0, 1, 1.5, 2.0, 2.5])
+    assert np.all(np.diff(seconds) > 0)
+    assert CostTable({1: 1.0}, {1: 0.1, 8: 0.8}, {1: 0.2, 8: 0.9}).draft_seconds(8, 4) == pytest.approx(2.6)
+
+
