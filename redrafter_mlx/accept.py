@@ -8,6 +8,7 @@ at its end is the next token. No drafter probabilities are involved (docs/algori
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
@@ -30,7 +31,7 @@ class Acceptance:
 
     def read(self) -> tuple[list[int], list[int]]:
         """The one host synchronisation of a step: nodes of the path from the root; tokens to emit."""
-        values = self.packed.tolist()
+        values = cast(list[int], self.packed.tolist())
         count, height = values[0] + 1, (len(values) - 2) // 2
         path = values[2 : 2 + count]
         tokens = values[2 + height : 2 + height + count]

@@ -67,7 +67,7 @@ class LayerCache:
             depth, own = tree.depth, tree.mask
         past = mx.arange(self.start, length, dtype=mx.int32)
         seen = mx.ones((N, past.shape[0]), dtype=mx.bool_)
-        if windowed:
+        if window is not None and length + N > window:
             seen = (length + depth)[:, None] - past < window
             own = own & (depth[:, None] - depth < window)
         return mx.concatenate([seen, own], axis=1)

@@ -19,7 +19,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from .default_model import cache_dir
 from .device import device_name
@@ -28,6 +27,7 @@ from .files import new_file, read_json
 from .search import search
 from .target import Target
 from .tree import MAX_NODES, chain
+from .weights import named
 
 _log = logging.getLogger("redrafter_mlx")
 
@@ -114,7 +114,7 @@ def cache_path(target: Target, drafter: RecurrentDrafter) -> Path:
     """One file per device, MLX version, model sizes and dtypes, drafter sizes."""
 
     def sizes(module: Any) -> list[str]:
-        return sorted({f"{a.shape}{a.dtype}" for _, a in tree_flatten(module.parameters())})
+        return sorted({f"{array.shape}{array.dtype}" for array in named(module).values()})
 
     version = importlib.metadata.version("mlx")
     config = drafter.config.to_dict()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
@@ -137,7 +138,7 @@ class Decoder:
             logits = penalised(logits, self.sampling, self.counts, mx.zeros((1,), mx.int32), none)
         self.root, self.hidden = choose(logits, self.sampling, noise)[0], out.hidden[0]
         self._queue_draft(position[0])
-        return int(self.root.item())
+        return int(self.root)
 
     def steps(self) -> Iterator[list[int]]:
         """Decode for ever: the tokens of each step, accepted draft tokens first, then the target's
@@ -203,7 +204,7 @@ class Decoder:
 
     def _read_plain(self, token: mx.array, begun: float) -> list[int]:
         self.stats.syncs += 1
-        tokens = [int(token.item())]
+        tokens = [int(token[0])]
         self._note(None, 1, tokens, begun)
         return tokens
 
@@ -247,7 +248,7 @@ class Decoder:
 
     def _tree(self, draft: Draft) -> TokenTree:
         """The nodes worth verifying of a queued draft."""
-        summary = [] if draft.summary is None else draft.summary.tolist()
+        summary = [] if draft.summary is None else cast(list[float], draft.summary.tolist())
         nodes = self.policy.nodes(draft.beam, summary)
         levels = draft.levels
         if draft.beam.nodes is None and levels.width > 1:  # only what lies on a surviving beam

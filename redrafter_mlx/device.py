@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
@@ -20,7 +20,7 @@ def fused(function: F) -> F:
 
     On the CPU the function stays as it is: compiling there calls g++ for seconds to save microseconds.
     """
-    return mx.compile(function) if on_gpu() else function
+    return cast(F, mx.compile(function)) if on_gpu() else function
 
 
 def device_name() -> str:

@@ -24,9 +24,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .files import new_folder, read_json, read_safetensors
+from .weights import check, named, nbytes
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 WEIGHTS = "model.safetensors"
@@ -172,8 +172,8 @@ class RecurrentDrafter(nn.Module):
         if self.has_input_proj:
             self.input_proj = nn.Linear(config.context_size + size, exit_dim, bias=True)
         out = config.draft_vocab if config.head == "full" else size
-        self.lm_head = [ResBlock(exit_dim) for _ in range(config.num_draft_layers)]
-        self.lm_head.append(nn.Linear(exit_dim, out, bias=False))
+        blocks: list[nn.Module] = [ResBlock(exit_dim) for _ in range(config.num_draft_layers)]
+        self.lm_head = [*blocks, nn.Linear(exit_dim, out, bias=False)]
         if config.draft_vocab_size is not None:
             self.d2t = mx.zeros((config.draft_vocab_size,), dtype=mx.int32)
             self.freeze(keys=["d2t"], recurse=False)
@@ -186,8 +186,7 @@ class RecurrentDrafter(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes one level of a search reads: the own weights, and the target's rows of a factored head."""
-        own = sum(array.nbytes for _, array in tree_flatten(self.parameters()))
-        return own + (self._rows.nbytes if self._rows is not None else 0)
+        return nbytes(self) + (self._rows.nbytes if self._rows is not None else 0)
 
     @property
     def is_bound(self) -> bool:
@@ -300,7 +299,7 @@ def full_head(drafter: RecurrentDrafter) -> RecurrentDrafter:
         raise ValueError("a drafter with head 'factored' must be bound to its target first: bind(target)")
     values = {f.name: getattr(drafter.config, f.name) for f in fields(drafter.config)}
     full = RecurrentDrafter(DrafterConfig(**{**values, "head": "full"}))
-    weights = dict(tree_flatten(drafter.parameters()))
+    weights = named(drafter)
     name = f"lm_head.{drafter.config.num_draft_layers}.weight"
     weights[name] = drafter._rows.astype(mx.float32) @ weights[name].astype(mx.float32)
     full.load_weights(list(weights.items()))
@@ -327,7 +326,8 @@ def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> RecurrentDr
     if config.quantization:
         quantize_drafter(drafter, **config.quantization)
     weights = read_safetensors(folder / WEIGHTS)
-    check_weights(drafter, weights, str(folder / WEIGHTS))
+    weights.pop("emb_norm.weight", None)  # Apple's MLX port stores it and never applies it
+    check(drafter, weights, str(folder / WEIGHTS))
     if dtype is not None:
         weights = {
             name: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
@@ -336,22 +336,6 @@ def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> RecurrentDr
     drafter.load_weights(list(weights.items()))
     drafter.eval()
     return drafter
-
-
-def check_weights(drafter: RecurrentDrafter, weights: dict[str, mx.array], where: str) -> None:
-    """Compare every tensor's name and shape with what the config asks for; one error lists all differences."""
-    expected = {name: tuple(a.shape) for name, a in tree_flatten(drafter.parameters())}
-    found = {name: tuple(a.shape) for name, a in weights.items() if name != "emb_norm.weight"}
-    wrong = [f"{name} {expected[name]} is missing" for name in sorted(expected.keys() - found.keys())]
-    wrong += [f"{name} {found[name]} is not expected" for name in sorted(found.keys() - expected.keys())]
-    wrong += [
-        f"{name} has shape {found[name]}, expected {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    if wrong:
-        raise ValueError(f"{where} does not fit its config.json: {'; '.join(wrong)}")
-    weights.pop("emb_norm.weight", None)  # Apple's MLX port stores it and never applies it
 
 
 def quantize_drafter(drafter: RecurrentDrafter, bits: int, group_size: int) -> None:
@@ -368,7 +352,7 @@ def save_drafter(drafter: RecurrentDrafter, path: str | Path, extra: Sequence[tu
     with new_folder(Path(path)) as folder:
         text = json.dumps(drafter.config.to_dict(), indent=2, sort_keys=True)
         (folder / "config.json").write_text(text + "\n")
-        weights = dict(tree_flatten(drafter.parameters()))
+        weights = named(drafter)
         mx.save_safetensors(str(folder / WEIGHTS), weights, metadata={"format": "mlx"})
         for name, content in extra:
             (folder / name).write_text(content)

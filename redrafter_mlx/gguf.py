@@ -24,6 +24,8 @@ from mlx_lm.tokenizer_utils import (
     TokenizerWrapper,
 )
 
+from .weights import check
+
 GROUP_SIZE = 32  # of every packed type mx.load produces from a GGUF
 READ_ERRORS = (RuntimeError, ValueError, OverflowError)
 
@@ -105,7 +107,9 @@ def _parse(file: BinaryIO, path: Path) -> GGUFHeader:
     for _ in range(num_values):
         key = _read_string(file)
         metadata[key] = _read_value(file, _read(file, "I"))
-    tensors, unreadable, end = {}, {}, 0
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+    unreadable: dict[str, str] = {}
+    end = 0
     for _ in range(num_tensors):
         name = _read_string(file)
         shape = tuple(_read(file, "Q") for _ in range(_read(file, "I")))[::-1]
@@ -234,7 +238,7 @@ def load_gguf(path: str | Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, 
     weights = _rename(raw, config, path)
     model = Llama(ModelArgs.from_dict(config))
     nn.quantize(model, group_size=GROUP_SIZE, class_predicate=_packed(weights))
-    _check(model, weights, path)
+    check(model, weights, str(path))
     model.load_weights(list(weights.items()))
     if factors is not None:
         _set_rope_factors(model, factors, config)
@@ -251,20 +255,6 @@ def _packed(weights: dict[str, mx.array]) -> Callable[[str, nn.Module], bool | d
         return {"bits": bits, "group_size": GROUP_SIZE}
 
     return predicate
-
-
-def _check(model: nn.Module, weights: dict[str, mx.array], path: Path) -> None:
-    from mlx.utils import tree_flatten
-
-    expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
-    wrong = [f"{name} missing" for name in expected if name not in weights]
-    wrong += [
-        f"{name} {tuple(array.shape)}, expected {expected.get(name, 'none')}"
-        for name, array in weights.items()
-        if expected.get(name) != tuple(array.shape)
-    ]
-    if wrong:
-        raise ValueError(f"{path} does not match its own metadata: {'; '.join(sorted(wrong))}")
 
 
 def _tokenizer(meta: dict[str, Any], path: Path) -> TokenizerWrapper:
@@ -356,7 +346,7 @@ def _sentencepiece_bpe(meta: dict[str, Any], tokens: list[str], types: list[int]
     merges = generate_merges(vocab, scores, skip)
     unknown = tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    space = normalizers.Replace(" ", "▁")
+    space: Any = normalizers.Replace(" ", "▁")
     if meta.get("tokenizer.ggml.add_space_prefix", True):
         space = normalizers.Sequence([normalizers.Prepend("▁"), space])
     tokenizer.normalizer = space

@@ -19,7 +19,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from .accept import Acceptance
 from .cost import CostTable
@@ -31,6 +30,7 @@ from .policy import Fixed, Policy
 from .sampling import Sampling
 from .target import Verified
 from .tree import Beam, Levels, TokenTree
+from .weights import nbytes
 
 MT_BENCH = Path(__file__).parent / "data" / "mt_bench.jsonl"
 MAX_WIDE_NODES = 32
@@ -108,7 +108,8 @@ def mlx_lm_arm(
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    if model.tokenizer is None:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
         raise ValueError(f"{model.target.name} has no tokenizer, and mlx-lm's stream_generate needs one")
     sampler = make_sampler(
         temp=sampling.temperature, top_p=sampling.top_p % 1, min_p=sampling.min_p, top_k=sampling.top_k
@@ -118,7 +119,7 @@ def mlx_lm_arm(
         mx.random.seed(sampling.seed or 0)
         tokens, begun, first = [], time.perf_counter(), 0.0
         for response in stream_generate(
-            model.target.model, model.tokenizer, prompt, max_tokens=max_tokens, sampler=sampler,
+            model.target.model, tokenizer, prompt, max_tokens=max_tokens, sampler=sampler,
             draft_model=draft_model,
         ):  # fmt: skip
             tokens.append(int(response.token))
@@ -252,9 +253,9 @@ def bytes_per_step(model: Model, beam_length: int) -> dict[str, int]:
     An embedding that is only looked up is not counted; one that is the output head too is.
     """
     target = model.target
-    total = sum(a.nbytes for _, a in tree_flatten(target.model.parameters()))
+    total = nbytes(target.model)
     if target.has_own_head:
-        total -= sum(a.nbytes for _, a in tree_flatten(target.embedding.parameters()))
+        total -= nbytes(target.embedding)
     out = {"target": total, "drafter": 0}
     if model.drafter is not None and beam_length > 1:
         out["drafter"] = (beam_length - 1) * model.drafter.nbytes

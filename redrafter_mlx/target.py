@@ -198,8 +198,8 @@ class Target:
             self.extend(prompt, cache)
             rows = mx.array(path)
             want = self.verify(chain(tokens[rows]), cache).logits.astype(mx.float32)
-            error = mx.abs(got[rows] - want).max().item()
-            spread = want.std().item()
+            error = float(mx.abs(got[rows] - want).max())
+            spread = float(want.std())
             if not error <= 0.05 * spread + 1e-3:
                 raise ValueError(
                     f"{self.name} ({type(self.model).__module__}) cannot verify a token tree: logits differ by "
