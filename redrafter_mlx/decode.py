@@ -28,7 +28,7 @@ from .accept import Acceptance, accept
 from .cache import KVCache
 from .drafter import RecurrentDrafter
 from .policy import Policy
-from .sampling import Sampling, TokenCounts, choose, gumbel, penalised
+from .sampling import PositionNoise, Sampling, TokenCounts, choose, penalised
 from .search import search
 from .target import Target, Verified
 from .tree import Beam, Levels, TokenTree, ancestor_mask, build, chain, survivors
@@ -116,9 +116,14 @@ class Decoder:
         self.policy, self.sampling = policy, sampling.seeded()
         self.stats = Stats(seed=self.sampling.seed)
         self.counts: TokenCounts | None = None
+        self.noise: PositionNoise | None = None
+        if not self.sampling.is_greedy:
+            assert self.sampling.seed is not None
+            self.noise = PositionNoise(self.sampling.seed, target.vocab_size)
         self.root = mx.array(0)
         self.hidden = mx.zeros((0,))
         self.draft: Draft | None = None
+        self._height = 1  # tokens the step under way can emit
 
     def prefill(self, tokens: Sequence[int], history: Sequence[int] = ()) -> int:
         """Process the prompt in blocks and choose the first token. `history`: what the cache holds
@@ -131,7 +136,7 @@ class Decoder:
             out = self.target.extend(prompt[start : start + PREFILL_BLOCK], self.cache)
             mx.eval(self.cache.arrays(), out.hidden)  # logits stay unevaluated except the last
         position = mx.array([self.cache.length], dtype=mx.int32)
-        noise = None if self.sampling.is_greedy else self._gumbel(position)
+        noise = self._noise_at(position, self.cache.length, 1)
         logits = out.logits
         if self.counts is not None:
             none = mx.zeros((1, 1), dtype=mx.bool_)
@@ -173,9 +178,8 @@ class Decoder:
             begun = time.perf_counter()
             tree = self.root_tree()
             verified = self._verify(tree)
-            noise = None
-            if not self.sampling.is_greedy:
-                noise = self._gumbel(mx.array([self.cache.length + 1], dtype=mx.int32))
+            position = self.cache.length + 1
+            noise = self._noise_at(mx.array([position], dtype=mx.int32), position, 1)
             token = self._choose(verified.logits, tree, noise)
             if self.counts is not None:
                 self.counts.add(tree.tokens)
@@ -212,9 +216,9 @@ class Decoder:
         self.stats.observe(nodes, len(tokens) - 1)
         self.policy.observe(beam, nodes, len(tokens) - 1, time.perf_counter() - begun)
 
-    def _gumbel(self, positions: mx.array) -> mx.array:
-        assert self.sampling.seed is not None
-        return gumbel(self.sampling.seed, positions, self.target.vocab_size)
+    def _noise_at(self, positions: mx.array, low: int, count: int) -> mx.array | None:
+        """Noise rows of positions (L,), which lie in low ... low + count - 1; None when greedy."""
+        return None if self.noise is None else self.noise.at(positions, low, low + count)
 
     def _queue_draft(self, position: mx.array) -> None:
         """Queue the search for what follows `root`, which stands at `position` () int32."""
@@ -222,9 +226,11 @@ class Decoder:
         if beam is None or self.drafter is None:
             self.draft = None
             return
-        noise = drafter_noise = None
-        if not self.sampling.is_greedy:
-            noise = self._gumbel(position + mx.arange(1, beam.length + 1, dtype=mx.int32))
+        ahead = position + mx.arange(1, beam.length + 1, dtype=mx.int32)
+        # the root stands at most a whole draft behind the committed positions the host knows of
+        noise = self._noise_at(ahead, self.cache.length + 1, self._height + beam.length)
+        drafter_noise = None
+        if noise is not None:
             ids = self.drafter.target_ids()
             rows = noise[:-1] if ids is None else mx.take(noise[:-1], ids, axis=1)
             drafter_noise = rows * self.sampling.temperature
@@ -233,6 +239,7 @@ class Decoder:
             width=beam.width, length=beam.length, noise=drafter_noise,
         )  # fmt: skip
         self.draft = Draft(beam, levels, noise, self.policy.summary(levels))
+        self._height = beam.length
 
     def _read(self, found: Acceptance) -> tuple[list[int], list[int]]:
         """Wait for the device, once: for what was accepted and for what the policy wants of the

@@ -238,11 +238,20 @@ class RecurrentDrafter(nn.Module):
             out.append(state)
         return mx.stack(out, axis=1)
 
-    def features(self, context: mx.array, states: mx.array) -> mx.array:
-        """Everything between state and vocabulary. context (..., C), states (..., H) -> (..., X or H)."""
-        x = mx.concatenate([context, states], axis=-1)
-        if self.has_input_proj:
-            x = self.input_proj(x)
+    def prepare(self, context: mx.array) -> mx.array:
+        """What of `features` depends on the context alone, so that a search computes it once. (..., C) -> (..., C or X)."""
+        if not self.has_input_proj or isinstance(self.input_proj, nn.QuantizedLinear):
+            return context
+        weight = self.input_proj.weight[:, : self.config.context_size]
+        return context @ weight.T + self.input_proj.bias
+
+    def features(self, prepared: mx.array, states: mx.array) -> mx.array:
+        """From prepared context and states (..., H) to what the vocabulary multiplies, (..., X or H)."""
+        if self.has_input_proj and not isinstance(self.input_proj, nn.QuantizedLinear):
+            x = prepared + states @ self.input_proj.weight[:, self.config.context_size :].T
+        else:
+            x = mx.concatenate([prepared, states], axis=-1)
+            x = self.input_proj(x) if self.has_input_proj else x
         for layer in self.lm_head[:-1]:
             x = layer(x)
         return self.lm_head[-1](x) if self.config.head == "factored" else x
@@ -268,8 +277,9 @@ class RecurrentDrafter(nn.Module):
             one).
         """
         states = self.states(embed(tokens))
-        context = mx.broadcast_to(hidden[:, None], (*states.shape[:2], hidden.shape[-1]))
-        return self.head(self.features(context, states))
+        prepared = self.prepare(hidden)[:, None]
+        prepared = mx.broadcast_to(prepared, (*states.shape[:2], prepared.shape[-1]))
+        return self.head(self.features(prepared, states))
 
     def beam_search(
         self, hidden: mx.array, root: int, embed: Embed, width: int, length: int

@@ -137,5 +137,7 @@ def _prepare(model: nn.Module, dtype: str | None) -> None:
 def _drafter_folder(target: str, drafter: str | Path | None) -> Path | None:
     if drafter is not None:
         return None if str(drafter) == "none" else _folder(str(drafter), None, "drafter")
-    candidates = [BUNDLED_DRAFTERS / target, Path(target) / "drafter"]
+    candidates = [Path(target).expanduser() / "drafter"]
+    if Path(target).name == target:  # a name; joining an absolute path would give that path itself
+        candidates.insert(0, BUNDLED_DRAFTERS / target)
     return next((path for path in candidates if (path / "config.json").is_file()), None)

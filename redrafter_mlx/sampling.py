@@ -82,6 +82,35 @@ def gumbel(seed: int, positions: mx.array, vocab_size: int) -> mx.array:
     return mx.vmap(lambda key: mx.random.gumbel((vocab_size,), key=key))(keys)
 
 
+class PositionNoise:
+    """Gumbel noise by absolute position, each row computed once though every draft looks ahead over several.
+
+    Positions live on the device (the next draft is queued before the host knows where it stands); the host gives
+    bounds. Rows are made in blocks and forgotten when the text has passed them.
+    """
+
+    BLOCK = 8
+
+    def __init__(self, seed: int, vocab_size: int) -> None:
+        self._seed, self._vocab_size = seed, vocab_size
+        self._first = 0
+        self._rows: mx.array | None = None  # (n, V): positions first ... first + n - 1
+
+    def at(self, positions: mx.array, low: int, high: int) -> mx.array:
+        """Noise of positions (L,) int32, which lie in low ... high - 1; `low` never falls. -> (L, V)"""
+        if self._rows is None:
+            self._first, self._rows = low, self._make(low, high)
+        end = self._first + self._rows.shape[0]
+        if high > end:
+            kept = self._rows[low - self._first :]
+            self._first, self._rows = low, mx.concatenate([kept, self._make(max(end, low), high)])
+        return self._rows[positions - self._first]
+
+    def _make(self, begin: int, end: int) -> mx.array:
+        count = -(-(end - begin) // self.BLOCK) * self.BLOCK
+        return gumbel(self._seed, mx.arange(begin, begin + count, dtype=mx.int32), self._vocab_size)
+
+
 def choose(logits: mx.array, sampling: Sampling, noise: mx.array | None) -> mx.array:
     """The target's own token for every row.
 

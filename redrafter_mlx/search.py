@@ -48,8 +48,9 @@ def search(
     tokens, slots, logprobs = [], [], []
     state = drafter.next_state(None, embed(root.reshape(1)))  # (1, H): only one beam grows at first
     total = mx.zeros((1, 1))
+    prepared = drafter.prepare(context[None])
     for level in range(length - 1):
-        rows = mx.broadcast_to(context[None], (state.shape[0], context.shape[0]))
+        rows = mx.broadcast_to(prepared, (state.shape[0], prepared.shape[1]))
         logits = drafter.head(drafter.features(rows, state)).astype(mx.float32)  # (1 or W, V)
         scores = total + _log_softmax(drafter, logits, level, noise)
         best, index = top_k(scores.reshape(-1), width)

@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from redrafter_mlx.generation import generate
-from redrafter_mlx.sampling import Sampling, TokenCounts, choose, filtered, gumbel, penalised
+from redrafter_mlx.sampling import PositionNoise, Sampling, TokenCounts, choose, filtered, gumbel, penalised
 from redrafter_mlx.topk import top_k
 
 
@@ -24,7 +24,8 @@ def test_top_p_is_mlx_lms(top_p: float, size: int) -> None:
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     want = mx.isfinite(apply_top_p(logprobs, top_p))
     got = mx.isfinite(filtered(logits, Sampling(temperature=1.0, top_p=top_p)))
-    # the sums run in another order, so a token whose cumulative mass is top_p to 1e-6 may fall on either side
+    # the sums run in another order, so a token whose cumulative mass is top_p to 1e-6 may fall on either
+    # side
     assert (want != got).sum().item() <= 1
     kept = mx.where(got, mx.softmax(logits, axis=-1), 0).sum(axis=-1)
     assert mx.all(kept >= top_p - 1e-5).item()
@@ -55,9 +56,7 @@ def test_noise_is_a_function_of_seed_and_position() -> None:
 def test_choices_follow_the_distribution() -> None:
     """Chi-squared over 20,000 seeds-and-positions; the bound is exceeded by chance once in 10,000 times."""
     logits = mx.array([[1.0, 0.0, -1.0, 2.0, 0.5]])
-    noise = mx.concatenate(
-        [gumbel(seed, mx.arange(2000, dtype=mx.int32), 5) for seed in range(10)]
-    )
+    noise = mx.concatenate([gumbel(seed, mx.arange(2000, dtype=mx.int32), 5) for seed in range(10)])
     sampling = Sampling(temperature=0.7)
     draws = np.array(choose(mx.broadcast_to(logits, noise.shape), sampling, noise))
     p = np.array(mx.softmax(logits[0] / 0.7))
@@ -66,7 +65,9 @@ def test_choices_follow_the_distribution() -> None:
 
 
 def test_speculative_samples_follow_the_target() -> None:
-    """First drafted position over many seeds against the exact distribution of the toy target (chi-squared)."""
+    """First drafted position over many seeds against the exact distribution of the toy target
+    (chi-squared).
+    """
     model = make("llama")
     prompt = [3, 1, 4]
     logits = model.target.model(mx.array([prompt]))[0, -1]
@@ -146,3 +147,11 @@ def test_without_a_seed_every_call_differs_and_reports_it() -> None:
     assert runs[0].seed != runs[1].seed and runs[0].token_ids != runs[1].token_ids
     again = Sampling(temperature=2.0, seed=runs[0].seed)
     assert generate(model, [1, 2], max_tokens=20, sampling=again)[1].token_ids == runs[0].token_ids
+
+
+def test_noise_buffer_gives_every_position_its_own_row() -> None:
+    """Whatever was asked before, a row is the one its seed and position make."""
+    buffer = PositionNoise(9, 50)
+    for low, positions in ((4, [4]), (5, [6, 7, 5]), (7, [20, 8]), (30, [31]), (31, [31, 33])):
+        got = buffer.at(mx.array(positions, dtype=mx.int32), low, max(positions) + 1)
+        assert mx.array_equal(got, gumbel(9, mx.array(positions, dtype=mx.int32), 50))
