@@ -1,0 +1,1 @@
+"""Other people's checkpoints -> ours, and back: `redrafter-convert` (docs/converting.md)."""
