@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
 import redrafter_mlx  # noqa: F401  (takes over the BLAS before mlx loads)
@@ -10,8 +12,9 @@ import redrafter_mlx  # noqa: F401  (takes over the BLAS before mlx loads)
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter
+from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter, save_drafter
 from redrafter_mlx.generation import Model
 from redrafter_mlx.target import Target
 
@@ -60,9 +63,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_model(family: str = "llama", seed: int = 0) -> nn.Module:
+def make_model(family: str = "llama", seed: int = 0, **changes: Any) -> nn.Module:
     """A tiny mlx-lm model. Weights are scaled up so that its greedy choices are clear ones."""
-    config = {**_COMMON, **FAMILIES[family]}
+    config = {**_COMMON, **FAMILIES[family], **changes}
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     args = module.ModelArgs.from_dict(config)
     mx.random.seed(seed)
@@ -85,7 +88,7 @@ def make_target(family: str = "llama", seed: int = 0) -> Target:
 
 
 def make_drafter(target: Target, seed: int = 1, **changes: Any) -> RecurrentDrafter:
-    """A random drafter of the target's sizes: it is nearly always wrong, which exactness must not notice."""
+    """A random drafter of the target's sizes: nearly always wrong, which exactness must not notice."""
     values: dict[str, Any] = {
         "vocab_size": target.vocab_size, "hidden_size": target.hidden_size, "exit_dim": 2 * target.hidden_size,
         "num_draft_layers": 1, "embedding_scale": target.embedding_scale, **changes,
@@ -99,3 +102,35 @@ def make_drafter(target: Target, seed: int = 1, **changes: Any) -> RecurrentDraf
 def make(family: str = "llama", seed: int = 0, **changes: Any) -> Model:
     target = make_target(family, seed)
     return Model(target, make_drafter(target, **changes))
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_folder(folder: Path, max_length: int = 512, seed: int = 0) -> Path:
+    """A tiny Llama as an mlx-lm folder with a byte tokenizer, a chat template and a random drafter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*specials, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    sizes = {"vocab_size": len(vocab), "max_position_embeddings": max_length}
+    model = make_model("llama", seed, **sizes)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    config = {**_COMMON, **FAMILIES["llama"], **sizes, "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_drafter(make_drafter(Target(model, "tiny")), folder / "drafter")
+    return folder

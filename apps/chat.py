@@ -1,0 +1,201 @@
+"""`redrafter chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options as opt
+from .generate import summary
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
+
+HELP = """\
+/reset         forget the conversation
+/system TEXT   start over with this system message; without TEXT: show it
+/stats         figures of the last answer
+/quit          leave (or Ctrl-D)
+/help          this
+A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
+
+
+def chat(  # noqa: PLR0913  (typer: one argument per option)
+    model: opt.ModelOption = opt.DEFAULT_MODEL,
+    drafter: opt.DrafterOption = None,
+    draft: opt.DraftOption = "auto",
+    max_tokens: opt.MaxTokensOption = 512,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    stop: opt.StopOption = None,
+    temperature: opt.TemperatureOption = 0.7,
+    top_p: opt.TopPOption = 0.95,
+    top_k: opt.TopKOption = 0,
+    min_p: opt.MinPOption = 0.0,
+    seed: opt.SeedOption = None,
+    kv_bits: opt.KVBitsOption = None,
+) -> None:
+    """Talk with a model. /help lists what else can be typed."""
+    opt.check_draft(draft)
+    opt.check_max_tokens(max_tokens)
+    from redrafter_mlx import Sampling
+
+    from .conversation import Conversation
+
+    settings = opt.Settings(
+        sampling=Sampling(temperature, top_p, top_k, min_p, seed),
+        draft=draft,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        kv_bits=kv_bits,
+    )
+    conversation = Conversation(opt.load_model(model, drafter), settings, system)
+    if sys.stdin.isatty():
+        _note(f"{model}: /help for help, Ctrl-C stops an answer, Ctrl-D leaves")
+    run(conversation)
+
+
+def run(conversation: Conversation) -> None:
+    """Read a line, answer it, until the end of input, /quit, or Ctrl-C twice."""
+    interrupted = False
+    while True:
+        try:
+            line = _read_line()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            if interrupted:
+                return
+            interrupted = True
+            _note("Ctrl-C again or Ctrl-D to leave")
+            continue
+        interrupted = False
+        if line.startswith("/"):
+            if line.split()[0] in ("/quit", "/exit"):
+                return
+            _command(conversation, line)
+        elif line:
+            interrupted = _turn(conversation, line)
+
+
+def _turn(conversation: Conversation, text: str) -> bool:
+    """Stream the answer; True when Ctrl-C stopped it."""
+    try:
+        stream = conversation.say(text)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    if conversation.dropped:
+        _note(f"the context is full: the oldest {conversation.dropped} exchanges are forgotten")
+    finish = None
+    with _ctrl_c() as pressed:
+        for chunk in stream:
+            print(chunk.text, end="", flush=True)
+            finish = chunk.finish_reason
+            if pressed:
+                break
+        stream.close()  # type: ignore[attr-defined]  # now, so that the cache is settled
+    print(flush=True)
+    if pressed and finish is None:
+        _note("stopped")
+    elif finish == "length":
+        _note("cut at the length limit (--max-tokens)")
+    _note(_status(conversation))
+    return bool(pressed)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C in the list given, so that a step ends whole; the second raises."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _command(conversation: Conversation, line: str) -> None:
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name == "/reset":
+        conversation.reset()
+        _note("the conversation is forgotten")
+    elif name == "/system" and rest:
+        conversation.reset()
+        conversation.system = rest
+        _note("a new conversation with this system message")
+    elif name == "/system":
+        _note(conversation.system or "no system message but the chat template's own")
+    elif name == "/stats":
+        _stats(conversation)
+    elif name == "/help":
+        _note(HELP)
+    else:
+        print(f"error: no command {name}; /help lists them", file=sys.stderr)
+
+
+def _stats(conversation: Conversation) -> None:
+    stats = conversation.last
+    if stats is None:
+        _note("nothing was said yet")
+        return
+    for key, value in stats.to_dict().items():
+        if key != "token_ids":
+            _note(f"{key}: {value}")
+
+
+def _status(conversation: Conversation) -> str:
+    stats = conversation.last
+    if stats is None:
+        return "nothing was said"
+    used, limit = stats.prompt_tokens + stats.generated_tokens, conversation.model.target.max_length
+    return f"{summary([stats])}, context {used}{f' of {limit}' if limit else ''}"
+
+
+def _note(text: str) -> None:
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{dim}{text}{plain}", file=sys.stderr, flush=True)
+
+
+def _read_line() -> str:
+    """A message from the terminal or a pipe, with its continued lines.
+
+    Raises:
+        EOFError, KeyboardInterrupt: end of input; Ctrl-C.
+    """
+    lines: list[str] = []
+    while True:
+        line = _input(". " if lines else "> ")
+        lines.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            return "\n".join(lines).strip()
+
+
+def _input(prompt: str) -> str:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        try:
+            import readline  # noqa: F401  (gives input() its line editing)
+        except ImportError:
+            pass
+        return input(prompt)
+    if sys.stdin.isatty():
+        print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")

@@ -1,0 +1,129 @@
+"""`redrafter demo`: one answer with its drafted tokens marked, then plain against drafted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options as opt
+
+if TYPE_CHECKING:
+    from redrafter_mlx.decode import Stats
+    from redrafter_mlx.generation import Chunk, Model
+
+PROMPTS = (
+    "Explain in three short paragraphs why the sky is blue.",
+    "Write a packing list for a week of hiking in the mountains.",
+    "What is the difference between a list and a tuple in Python? Give an example.",
+    "Tell me a short story about a lighthouse keeper and a whale.",
+)
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Figures of one way to decode, added up over the prompts."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    accepted: int = 0
+    answers: list[list[int]] = field(default_factory=list)
+
+    def add(self, stats: Stats) -> None:
+        self.tokens += stats.generated_tokens - 1  # the first one belongs to the prefill
+        self.seconds += stats.decode_seconds
+        self.steps += stats.steps
+        self.accepted += stats.accepted_tokens
+        self.answers.append(stats.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        return 1 + self.accepted / self.steps if self.steps else 0.0
+
+
+def demo(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")] = PROMPTS[0],
+    model: opt.ModelOption = opt.DEFAULT_MODEL,
+    drafter: opt.DrafterOption = None,
+    draft: opt.DraftOption = "auto",
+    max_tokens: opt.MaxTokensOption = 96,
+) -> int:
+    """Stream an answer with the drafted tokens marked, then compare with plain decoding."""
+    opt.check_draft(draft)
+    opt.check_max_tokens(max_tokens)
+    if draft == "off":
+        raise ValueError("--draft off leaves nothing to compare: give auto, WxL or WxL@N")
+    loaded = opt.load_model(model, drafter)
+    if loaded.drafter is None:
+        raise ValueError(f"--model {model} comes without a drafter: give one with --drafter")
+    from redrafter_mlx import stream_generate
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    mark = "in green" if colour else "in [brackets]"
+    print(f"\n{prompt}\n(drafted by the drafter and accepted by the target: {mark})\n")
+    mark_drafted(stream_generate(loaded, prompt, max_tokens=max_tokens, draft=draft), colour)
+    return _compare(loaded, (prompt, *PROMPTS[1:]), draft, max_tokens)
+
+
+def mark_drafted(stream: Iterable[Chunk], colour: bool) -> None:
+    """Print a stream with its runs of accepted draft tokens between marks."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("[", "]")
+    inside = False
+    for chunk in stream:
+        if chunk.text and chunk.from_draft != inside:
+            print(begin if chunk.from_draft else end, end="")
+            inside = chunk.from_draft
+        print(chunk.text, end="", flush=True)
+    print(end if inside else "", end="\n\n", flush=True)
+
+
+def _compare(model: Model, prompts: tuple[str, ...], draft: str, max_tokens: int) -> int:
+    """Decode every prompt both ways, taking turns in who goes first; 0 when the promise held."""
+    from redrafter_mlx import generate
+
+    sums = {"off": _Sum(), draft: _Sum()}
+    generate(model, prompts[0], max_tokens=8, draft="off")  # warm, as the drafted way is by now
+    for index, prompt in enumerate(prompts):
+        for way in ("off", draft) if index % 2 else (draft, "off"):
+            _, stats = generate(model, prompt, max_tokens=max_tokens, draft=way)
+            sums[way].add(stats)
+    identical = sums["off"].answers == sums[draft].answers
+    _table(sums["off"], sums[draft], draft)
+    dtype = str(model.target.dtype).removeprefix("mlx.core.")
+    print(f"{model.target.name}, {dtype}, {len(prompts)} prompts, identical: {_yes(identical)}")
+    if identical:
+        return 0
+    if dtype != "float32":
+        print(
+            f"In {dtype} one row and several may be rounded differently: the texts may part where "
+            "the two best tokens are closer than that. In float32 they are equal."
+        )
+        return 0
+    print("error: in float32 the texts must be equal; please report this", file=sys.stderr)
+    return 1
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _table(plain: _Sum, drafted: _Sum, draft: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for title in ("", "tokens/s", "tokens per step", "speed-up"):
+        table.add_column(title, justify="right" if title else "left")
+    for name, way in (("plain", plain), (f"drafted ({draft})", drafted)):
+        speed_up = way.tokens_per_second / plain.tokens_per_second if plain.seconds else 0.0
+        table.add_row(name, f"{way.tokens_per_second:.1f}", f"{way.tokens_per_step:.2f}", f"{speed_up:.2f}x")
+    Console().print(table)

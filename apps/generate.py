@@ -1,0 +1,153 @@
+"""`redrafter generate`: answers to one prompt or to a file of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from redrafter_mlx.prompts import Request, read_requests
+
+from . import options as opt
+
+if TYPE_CHECKING:
+    from redrafter_mlx.decode import Stats
+    from redrafter_mlx.generation import Chunk, Model
+
+
+def generate(  # noqa: PLR0913  (typer: one argument per option)
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; - or nothing reads standard input.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='JSONL: strings, or objects with "prompt", "messages" or "turns".'),
+    ] = None,
+    model: opt.ModelOption = opt.DEFAULT_MODEL,
+    drafter: opt.DrafterOption = None,
+    draft: opt.DraftOption = "auto",
+    max_tokens: opt.MaxTokensOption = 256,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")
+    ] = False,
+    stop: opt.StopOption = None,
+    temperature: opt.TemperatureOption = 0.0,
+    top_p: opt.TopPOption = 1.0,
+    top_k: opt.TopKOption = 0,
+    min_p: opt.MinPOption = 0.0,
+    seed: opt.SeedOption = None,
+    kv_bits: opt.KVBitsOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per prompt: text, token_ids, stats.")
+    ] = False,
+) -> None:
+    """Answer a prompt, standard input, or every prompt of a file."""
+    requests = _requests(prompt, prompts)
+    _check(requests, raw, system)
+    opt.check_draft(draft)
+    opt.check_max_tokens(max_tokens)
+    from redrafter_mlx import Sampling
+
+    settings = opt.Settings(
+        sampling=Sampling(temperature, top_p, top_k, min_p, seed),
+        draft=draft,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        kv_bits=kv_bits,
+    )
+    loaded = opt.load_model(model, drafter)
+    streams = _streams(loaded, requests, settings, raw, system)
+    write = _write_json if as_json else _write_text
+    print(summary([write(index, *pair) for index, pair in enumerate(streams)]), file=sys.stderr)
+
+
+def _requests(prompt: str | None, prompts: Path | None) -> list[Request]:
+    """The prompt given, standard input, or the file's prompts."""
+    if prompts is not None:
+        if prompt is not None:
+            raise ValueError(f"give a prompt or --prompts {prompts}, not both")
+        return read_requests(prompts)
+    if prompt is None and sys.stdin.isatty():
+        raise ValueError("no prompt: give one as argument, with --prompts FILE, or on standard input")
+    if prompt is None or prompt == "-":
+        prompt = sys.stdin.read().removesuffix("\n")
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: it needs some text")
+    return [Request(0, prompt)]
+
+
+def _check(requests: Sequence[Request], raw: bool, system: str | None) -> None:
+    if raw and system is not None:
+        raise ValueError("--system needs the chat template, which --raw leaves out")
+    for index, request in enumerate(requests):
+        if raw and not isinstance(request.prompt, str):
+            raise ValueError(f"prompt {index} has messages, which need the chat template: no --raw")
+
+
+def _streams(
+    model: Model, requests: Sequence[Request], settings: opt.Settings, raw: bool, system: str | None
+) -> list[tuple[Request, Iterator[Chunk]]]:
+    """A stream per request. All are checked before the first one runs."""
+    from redrafter_mlx import stream_generate
+
+    streams = []
+    for index, request in enumerate(requests):
+        asked = request.prompt if system is None else request.messages(system)
+        try:
+            stream = stream_generate(model, asked, raw=raw, **settings.to_kwargs())
+        except ValueError as error:
+            if len(requests) == 1:
+                raise
+            raise ValueError(f"prompt {index}: {error}") from None
+        streams.append((request, stream))
+    return streams
+
+
+def _write_json(index: int, request: Request, stream: Iterator[Chunk]) -> Stats:
+    chunks = list(stream)
+    stats = chunks[-1].stats
+    values = stats.to_dict()
+    del values["token_ids"]  # stands beside the text
+    line = {
+        "index": index,
+        "id": request.id,
+        "text": "".join(chunk.text for chunk in chunks),
+        "token_ids": stats.token_ids,
+        "stats": values,
+    }
+    print(json.dumps(line), flush=True)
+    return stats
+
+
+def _write_text(index: int, request: Request, stream: Iterator[Chunk]) -> Stats:
+    if index:
+        print()
+    for chunk in stream:
+        print(chunk.text, end="", flush=True)
+    print(flush=True)
+    return chunk.stats
+
+
+def summary(all_stats: Sequence[Stats]) -> str:
+    """What some generations took, in a line."""
+    tokens = sum(stats.generated_tokens for stats in all_stats)
+    seconds = sum(stats.decode_seconds for stats in all_stats)
+    steps = sum(stats.steps for stats in all_stats)
+    accepted = sum(stats.accepted_tokens for stats in all_stats)
+    parts = [f"{len(all_stats)} prompts"] if len(all_stats) > 1 else []
+    parts.append(f"{tokens} tokens")
+    if seconds and steps:
+        parts.append(f"{(tokens - len(all_stats)) / seconds:.1f} tokens/s")
+        parts.append(f"{1 + accepted / steps:.2f} tokens per step")
+    prefill = sum(stats.prefill_seconds for stats in all_stats)
+    asked = sum(stats.prompt_tokens for stats in all_stats)
+    reused = sum(stats.reused_tokens for stats in all_stats)
+    parts.append(f"prompt {asked} tokens{f' ({reused} reused)' if reused else ''} in {prefill:.2f} s")
+    if len(all_stats) == 1 and all_stats[0].seed is not None:
+        parts.append(f"seed {all_stats[0].seed}")
+    return ", ".join(parts)

@@ -1,0 +1,104 @@
+"""The options that every command with a model shares: defined, checked and explained here once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from redrafter_mlx import Model, Sampling
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_SAMPLING = "Sampling"
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Target: a name, .gguf file, mlx-lm folder or Hugging Face id."),
+]
+DrafterOption = Annotated[
+    str | None,
+    typer.Option("--drafter", help="Drafter folder or Hugging Face id; none for none. Default: its own."),
+]
+DraftOption = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        help="auto, off, WxL or WxL@N: W beams of L tokens, root counted; N rows verified.",
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", help="Same seed, same text. Default: a new one.", rich_help_panel=_SAMPLING),
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option("--temperature", "-t", help="0: most probable token.", rich_help_panel=_SAMPLING),
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(help="Most probable tokens up to this mass; 1: all.", rich_help_panel=_SAMPLING),
+]
+TopKOption = Annotated[
+    int,
+    typer.Option(help="So many of the most probable tokens; 0: all.", rich_help_panel=_SAMPLING),
+]
+MinPOption = Annotated[
+    float,
+    typer.Option(
+        help="Tokens of at least this share of the best one's probability.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+MaxTokensOption = Annotated[int, typer.Option(help="Length of an answer at most.")]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End the text before this string; may be repeated."),
+]
+KVBitsOption = Annotated[int | None, typer.Option("--kv-bits", help="Quantise the KV cache to so many bits.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the shared options say, in the words of `redrafter_mlx.stream_generate`."""
+
+    sampling: Sampling
+    draft: str = "auto"
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    kv_bits: int | None = None
+
+    def to_kwargs(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def check_draft(draft: str) -> str:
+    """`draft` itself when it is one; before a model is loaded, which takes seconds.
+
+    Raises:
+        ValueError: it is not auto, off, WxL or WxL@N.
+    """
+    if draft not in ("auto", "off"):
+        from redrafter_mlx import Beam
+
+        Beam.parse(draft)
+    return draft
+
+
+def check_max_tokens(max_tokens: int) -> int:
+    """`max_tokens` itself.
+
+    Raises:
+        ValueError: below 1.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"--max-tokens must be 1 or more, not {max_tokens}")
+    return max_tokens
+
+
+def load_model(model: str, drafter: str | None) -> Model:
+    """The target with its drafter, as the two options name them."""
+    import redrafter_mlx
+
+    return redrafter_mlx.load(model, drafter)

@@ -1,0 +1,135 @@
+"""`redrafter generate` and `redrafter demo` on a tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apps.cli import main
+from tests import toy
+
+TEXTS = ["hello there", "abc", "what is it?"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.save_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text, "id": text[:3]}) for text in TEXTS))
+    return path
+
+
+def _json(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> list[dict[str, Any]]:
+    assert main(["generate", *map(str, argv), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.9"])
+def test_a_file_of_prompts_gives_the_same_tokens_whatever_is_drafted(
+    folder: Path, prompts: Path, temperature: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ("--model", folder, "--prompts", prompts, "--seed", "3", "--temperature", temperature)
+    plain = _json(capsys, *shared, "--max-tokens", "12", "--draft", "off")
+    drafted = _json(capsys, *shared, "--max-tokens", "12", "--draft", "3x4")
+    assert [line["index"] for line in plain] == [0, 1, 2]
+    assert [line["id"] for line in plain] == [text[:3] for text in TEXTS]
+    assert [line["token_ids"] for line in plain] == [line["token_ids"] for line in drafted]
+    assert [line["text"] for line in plain] == [line["text"] for line in drafted]
+    assert all(line["stats"]["drafted_tokens"] == 0 for line in plain)
+    assert all(line["stats"]["drafted_tokens"] > 0 for line in drafted)
+    assert all(len(line["token_ids"]) == line["stats"]["generated_tokens"] for line in drafted)
+
+
+def test_text_goes_to_stdout_and_the_summary_to_stderr(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--model", folder, "abc", "--max-tokens", "8", "--draft", "off", "--seed", "5")
+    [line] = _json(capsys, *argv)
+    assert main(["generate", *map(str, argv)]) == 0
+    out, err = capsys.readouterr()
+    assert out == line["text"] + "\n"
+    assert "tokens/s" in err and "seed 5" in err and err.count("\n") == 1
+
+
+def test_standard_input_is_a_prompt(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("--model", folder, "--max-tokens", "8", "--draft", "off")
+    [given] = _json(capsys, "abc", *argv)
+    for dash in ([], ["-"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
+        [read] = _json(capsys, *dash, *argv)
+        assert read["token_ids"] == given["token_ids"]
+
+
+def test_raw_leaves_the_chat_template_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("--model", folder, "abc", "--max-tokens", "4", "--draft", "off")
+    [chat], [raw] = _json(capsys, *argv), _json(capsys, *argv, "--raw")
+    assert chat["stats"]["prompt_tokens"] == 3 + 3  # <|user|> abc <|end|> <|assistant|>
+    assert raw["stats"]["prompt_tokens"] == 3
+
+
+def test_system_message_and_stop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("--model", folder, "abc", "--max-tokens", "24", "--draft", "off")
+    [line] = _json(capsys, *argv, "--system", "xyz")
+    assert line["stats"]["prompt_tokens"] == 6 + 5
+    [whole] = _json(capsys, *argv)
+    at = next(i for i, c in enumerate(whole["text"]) if i > 1 and c.isascii())
+    stop = whole["text"][at]
+    [cut] = _json(capsys, *argv, "--stop", stop)
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+
+
+def test_a_prompt_too_long_is_found_before_the_first_one_runs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text('"fine"\n' + json.dumps("x" * 600))
+    assert main(["generate", "--model", str(folder), "--prompts", str(path), "--draft", "off"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: prompt 1: ") and "512" in err
+
+
+def test_demo_compares_and_says_identical(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--model", str(folder), "--draft", "2x3", "--max-tokens", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "identical: yes" in out and "drafted (2x3)" in out and "plain" in out
+
+
+def test_demo_fails_when_the_texts_differ(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import redrafter_mlx
+
+    original = redrafter_mlx.generate
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        text, stats = original(*args, **options)
+        if options["draft"] != "off":
+            stats.token_ids[-1] += 1
+        return text, stats
+
+    monkeypatch.setattr(redrafter_mlx, "generate", wrong)
+    assert main(["demo", "--model", str(folder), "--draft", "2x3", "--max-tokens", "6"]) == 1
+    assert "identical: no" in capsys.readouterr().out
+
+
+def test_marks_stand_around_runs_of_drafted_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from apps.demo import mark_drafted
+    from redrafter_mlx.decode import Stats
+    from redrafter_mlx.generation import Chunk
+
+    pieces = [("I", False), (" am", True), ("", False), (" here", True), (" now", False)]
+    chunks = [Chunk(text, 0, drafted, None, Stats()) for text, drafted in pieces]
+    mark_drafted(iter(chunks), colour=False)
+    assert capsys.readouterr().out == "I[ am here] now\n\n"
+    mark_drafted(iter(chunks), colour=True)
+    assert capsys.readouterr().out == "I\x1b[32m am here\x1b[0m now\n\n"
