@@ -55,28 +55,6 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def read_jsonl(path: Path) -> list[tuple[int, Any]]:
-    """(line number, value) of every non-empty line: JSON objects or strings.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file; the first line that is neither.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error.msg}") from None
-        if not isinstance(value, dict | str):
-            raise ValueError(f"{path}:{number} must be a JSON object or string, not {line.strip()[:40]}")
-        out.append((number, value))
-    return out
-
-
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block ends without an error."""

@@ -1,7 +1,8 @@
 """Measuring generation fairly: every arm on every prompt in turn, in one process, on the same weights.
 
-Used by `redrafter bench` and `redrafter tune`. An arm is a way to generate; its runs differ in nothing else. The order
-of the arms rotates from prompt to prompt, so that a machine that slows down slows all of them alike.
+Used by `redrafter bench` and `redrafter tune`. An arm is a way to generate; its runs differ in nothing
+else. The order of the arms rotates from prompt to prompt, so that a machine that slows down slows all of
+them alike.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from .accept import Acceptance
 from .cost import CostTable
 from .decode import Decoder, Draft, Stats
 from .device import device_name, on_gpu
-from .files import read_jsonl
 from .generation import Model, generate, make_policy
 from .policy import Fixed, Policy
+from .prompts import Request
 from .sampling import Sampling
 from .target import Verified
 from .tree import Beam, Levels, TokenTree
@@ -145,27 +146,11 @@ def compare(
         yield result
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Prompts of a JSONL file, each {"messages", "category"}. Lines: {"prompt"}, {"messages"} or MT-bench's {"turns"}.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file; the line that is not of these forms.
-    """
-    out = []
-    for number, line in read_jsonl(path):
-        if isinstance(line, str):
-            line = {"prompt": line}
-        text = line.get("prompt", (line.get("turns") or [None])[0])
-        messages = line.get("messages") or ([{"role": "user", "content": text}] if text else None)
-        if not messages:
-            raise ValueError(f"{path}:{number} needs 'prompt', 'messages' or 'turns'")
-        out.append({"messages": messages, "category": str(line.get("category", "all"))})
-    if not out:
-        raise ValueError(f"{path} holds no prompts")
-    if limit is None or limit >= len(out):
-        return out
-    stride = len(out) / limit  # spread over the file, so that every category stays present
-    return [out[int(i * stride)] for i in range(limit)]
+def spread(requests: Sequence[Request], limit: int | None) -> list[Request]:
+    """At most `limit` requests, evenly over the file, so that every category stays present."""
+    if limit is None or limit >= len(requests):
+        return list(requests)
+    return [requests[index * len(requests) // limit] for index in range(limit)]
 
 
 class ProfiledDecoder(Decoder):
@@ -208,7 +193,9 @@ class ProfiledDecoder(Decoder):
         self._timed("keep", lambda: super(ProfiledDecoder, self)._keep(path), lambda _: self.cache.arrays())
 
 
-def profile(model: Model, prompt: list[int], draft: str, max_tokens: int, sampling: Sampling) -> dict[str, float]:
+def profile(
+    model: Model, prompt: list[int], draft: str, max_tokens: int, sampling: Sampling
+) -> dict[str, float]:
     """Milliseconds per step by stage. Stages are timed apart, so their sum exceeds a real step's time."""
     policy: Policy = make_policy(model, draft, sampling.is_greedy)
     decoder = ProfiledDecoder(model.target, model.drafter, model.target.new_cache(), policy, sampling)
@@ -369,5 +356,7 @@ def predict(
     if best > 1.02:
         advice = f"auto will draft here, about {width}x{length}@{nodes} ({best:.2f}x predicted): {why}"
     else:
-        advice = f"auto will decode plainly here: the best draft, {width}x{length}@{nodes}, is {best:.2f}x: {why}"
+        advice = (
+            f"auto will decode plainly here: the best draft, {width}x{length}@{nodes}, is {best:.2f}x: {why}"
+        )
     return Prediction(by_shape, by_nodes, advice)

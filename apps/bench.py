@@ -1,0 +1,218 @@
+"""`redrafter bench`: speculative against plain decoding and against mlx-lm, on the same prompts and
+weights.
+
+Every prompt goes through all arms before the next one does. The last line on stdout is one JSON object; the
+table before it and all else is on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from redrafter_mlx.prompts import Request, read_requests
+
+from .options import DEFAULT_MODEL, DrafterOption, DraftOption, ModelOption, check_draft
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is measured."""
+
+    model: str
+    drafter: str | None
+    draft: str
+    prompts: Path | None
+    limit: int | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    draft_model: str | None
+    context: int | None
+    with_mlx_lm: bool
+    with_profile: bool
+
+
+def bench(  # noqa: PLR0913  (typer: one argument per option)
+    model: ModelOption = DEFAULT_MODEL,
+    drafter: DrafterOption = None,
+    draft: DraftOption = "auto",
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts; MT-bench's 80 first turns by default.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many prompts, spread over the file.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    draft_model: Annotated[
+        str | None, typer.Option(help="Smaller target with the same tokenizer, for mlx-lm's speculation.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=16, help="Lengthen every prompt to this many tokens with other prompts' text."),
+    ] = None,
+    mlx_lm: Annotated[bool, typer.Option(help="Also run mlx-lm's own stream_generate.")] = True,
+    profile: Annotated[
+        bool, typer.Option(help="Split a step into draft, verify, accept, keep, host.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
+) -> None:
+    """Measure speculative against plain decoding; the last line is one JSON object."""
+    from redrafter_mlx.files import new_file
+
+    settings = Settings(
+        model, drafter, check_draft(draft), prompts, limit, max_tokens, temperature, top_p, seed, draft_model, context,
+        mlx_lm, profile,
+    )  # fmt: skip
+    line = json.dumps(_run(settings))
+    if out is not None:
+        with new_file(out) as part:
+            part.write_text(line + "\n")
+    print(line)
+
+
+def _run(settings: Settings) -> dict[str, Any]:
+    import redrafter_mlx as rd
+    from redrafter_mlx import measure
+
+    model = rd.load(settings.model, settings.drafter)
+    sampling = rd.Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
+    requests = measure.spread(read_requests(settings.prompts or measure.MT_BENCH), settings.limit)
+    prompts = _encode(model, requests, settings.context)
+    arms = {
+        "plain": measure.own_arm(model, "off", settings.max_tokens, sampling),
+        "drafted": measure.own_arm(model, settings.draft, settings.max_tokens, sampling),
+    }
+    if settings.with_mlx_lm and model.tokenizer is not None:
+        arms["mlx_lm"] = measure.mlx_lm_arm(model, settings.max_tokens, sampling)
+    if settings.draft_model is not None:
+        smaller = rd.load(settings.draft_model, "none").target.model
+        arms["mlx_lm_speculative"] = measure.mlx_lm_arm(model, settings.max_tokens, sampling, smaller)
+    result = _compare(arms, prompts, [request.category for request in requests])
+    report = _report(settings, model, result)
+    report["ops_per_step"] = measure.ops_per_step(model, prompts[0], settings.draft, sampling)
+    report["plain_ops_per_step"] = measure.ops_per_step(model, prompts[0], "off", sampling)
+    if settings.with_profile:
+        report["profile_ms"] = measure.profile(
+            model, prompts[0], settings.draft, settings.max_tokens, sampling
+        )
+    _print_table(result, report)
+    return report
+
+
+def _encode(model: Any, requests: list[Request], context: int | None) -> list[list[int]]:
+    from redrafter_mlx.generation import encode
+
+    prompts = [encode(model, request.prompt) for request in requests]
+    if context is None:
+        return prompts
+    filler = [token for prompt in prompts for token in prompt]
+    long = []
+    for prompt in prompts:
+        need = max(0, context - len(prompt))
+        text = (filler * (need // len(filler) + 1))[:need]
+        long.append(text + prompt)
+    return long
+
+
+def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from redrafter_mlx import measure
+
+    from .console import stderr
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr()) as progress:
+        task = progress.add_task("prompts", total=len(prompts))
+        result = None
+        for result in measure.compare(arms, prompts, categories):
+            rate = result.ratio("drafted", "plain")[1]
+            progress.update(task, advance=1, description=f"drafted / plain {rate:.2f}")
+    return result
+
+
+def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
+    from redrafter_mlx import measure
+
+    drafted = [run.stats for run in result.runs["drafted"]]
+    plain = result.runs["plain"]
+    steps = sum(s.steps for s in drafted)
+    others = [name for name in ("plain", "mlx_lm") if name in result.runs]
+    base = max(others, key=lambda name: float(result.rate(name)[1]))
+    tokens_per_step = 1 + sum(s.accepted_tokens for s in drafted) / steps
+    speedup = result.ratio("drafted", base)
+    depths = max(len(s.accepted_by_depth) for s in drafted)
+    by_depth = [
+        sum(s.accepted_by_depth[d] for s in drafted if d < len(s.accepted_by_depth)) for d in range(depths)
+    ]
+    beam_length = 1 + depths
+    mlx_lm = result.rate("mlx_lm") if "mlx_lm" in result.runs else None
+    report = {
+        **measure.machine(),
+        "model": settings.model,
+        "dtype": str(model.target.dtype).removeprefix("mlx.core."),
+        "drafter": settings.drafter or "default",
+        "draft": settings.draft,
+        "temperature": settings.temperature,
+        "prompts": len(plain),
+        "context": settings.context,
+        "tokens": sum(len(run.token_ids) for run in plain),
+        "plain_tokens_per_second": round(result.rate("plain")[1], 3),
+        "tokens_per_second": round(result.rate("drafted")[1], 3),
+        "tokens_per_second_quartiles": [round(v, 3) for v in result.rate("drafted")],
+        "mlx_lm_tokens_per_second": round(mlx_lm[1], 3) if mlx_lm else None,
+        "plain_over_mlx_lm": round(result.ratio("plain", "mlx_lm")[1], 4) if mlx_lm else None,
+        "speedup": round(speedup[1], 4),
+        "speedup_over": base,
+        "speedup_quartiles": [round(v, 4) for v in speedup],
+        "speedup_total_time": round(result.total("drafted") / result.total(base), 4),
+        "tokens_per_step": round(tokens_per_step, 4),
+        "efficiency": round(speedup[1] / tokens_per_step, 4),
+        "accepted_by_depth": [round(count / steps, 4) for count in by_depth],
+        "identical": all(
+            a.token_ids == b.token_ids for a, b in zip(plain, result.runs["drafted"], strict=True)
+        ),
+        "rows_per_step": round(1 + sum(s.drafted_tokens for s in drafted) / steps, 3),
+        "syncs_per_step": round(sum(s.syncs for s in drafted) / steps, 4),
+        "bytes_per_step": measure.bytes_per_step(model, beam_length),
+        "peak_memory_bytes": max(s.peak_memory_bytes for s in drafted),
+        "plain_peak_memory_bytes": max(run.stats.peak_memory_bytes for run in plain),
+        "prefill_seconds": round(sum(s.prefill_seconds for s in drafted), 3),
+        "categories": {
+            name: round(result.ratio("drafted", base, name)[1], 4) for name in sorted(set(result.categories))
+        },
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if "mlx_lm_speculative" in result.runs:
+        report["mlx_lm_speculative_tokens_per_second"] = round(result.rate("mlx_lm_speculative")[1], 3)
+    return report
+
+
+def _print_table(result: Any, report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from .console import stderr
+
+    table = Table(title=f"{report['model']}, {report['dtype']}, {report['chip']}, draft {report['draft']}")
+    for column in ("", "tokens/s", "quartiles", f"speed over {report['speedup_over']}"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in result.runs:
+        low, middle, high = result.rate(name)
+        ratio = result.ratio(name, report["speedup_over"])[1]
+        table.add_row(name, f"{middle:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.2f}x")
+    console = stderr()
+    console.print(table)
+    console.print(
+        f"tokens per step {report['tokens_per_step']:.2f}, rows {report['rows_per_step']:.1f}, "
+        f"identical: {'yes' if report['identical'] else 'no'}"
+    )

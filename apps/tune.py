@@ -1,0 +1,152 @@
+"""`redrafter tune`: what drafting costs and brings on this machine, and what `--draft auto` will do about
+it.
+
+Three measurements: the cost table (seconds by verified rows, seconds of a draft), the drafter's acceptance
+on a few prompts, and, unless `--predict` is given, the real speed of every width x length on those prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import DEFAULT_MODEL, DrafterOption, ModelOption
+
+WIDTHS = (1, 2, 3, 4, 8)
+LENGTHS = (2, 3, 4, 5)
+BUDGETS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+
+
+def tune(  # noqa: PLR0913  (typer: one argument per option)
+    model: ModelOption = DEFAULT_MODEL,
+    drafter: DrafterOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts; some of MT-bench's by default.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to use.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens per prompt.")] = 48,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Skip the real runs: predict from costs and acceptance.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the heat maps to this PNG file.")] = None,
+) -> None:
+    """Measure this machine and say which drafts pay; the last line is one JSON object."""
+    import redrafter_mlx as rd
+    from redrafter_mlx import measure
+    from redrafter_mlx.cost import cost_table
+    from redrafter_mlx.generation import encode
+    from redrafter_mlx.prompts import read_requests
+
+    from .console import stderr
+
+    loaded = rd.load(model, drafter)
+    if loaded.drafter is None:
+        raise ValueError(f"tune needs a drafter, and {loaded.target.name} has none: give --drafter")
+    console = stderr()
+    console.print("measuring what a verified row and a draft cost", style="dim")
+    table = cost_table(loaded.target, loaded.drafter, fresh=True)
+    requests = measure.spread(read_requests(prompts or measure.MT_BENCH), limit)
+    tokens = [encode(loaded, request.prompt) for request in requests]
+    console.print("decoding with a wide draft to see what is accepted", style="dim")
+    looks = measure.wide_searches(loaded, tokens, max_tokens)
+    predicted = measure.predict(table, looks, WIDTHS, LENGTHS, BUDGETS)
+    report: dict[str, Any] = {
+        **measure.machine(),
+        "model": model,
+        "rows_ms": {n: round(1000 * s, 3) for n, s in table.rows.items()},
+        "draft_ms": {
+            f"{w}x{n}": round(1000 * table.draft_seconds(w, n), 3) for w in table.first_level for n in LENGTHS
+        },
+        "predicted_by_shape": predicted.by_shape,
+        "predicted_by_nodes": predicted.by_nodes,
+        "tokens_per_step": looks.tokens_per_step,
+    }
+    if not predict:
+        report["measured_by_shape"] = _measured(loaded, tokens, max_tokens)
+    report["advice"] = predicted.advice
+    _print(report)
+    if plot is not None:
+        draw(report, plot)
+        console.print(f"heat maps in {plot}")
+    print(json.dumps(report))
+
+
+def _measured(model: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:
+    """Median speed-up over plain decoding of every width x length, all interleaved prompt by prompt."""
+    from rich.progress import track
+
+    import redrafter_mlx as rd
+    from redrafter_mlx import measure
+
+    from .console import stderr
+
+    names = ["off", *(f"{w}x{length}" for w in WIDTHS for length in LENGTHS)]
+    arms = {name: measure.own_arm(model, name, max_tokens, rd.Sampling()) for name in names}
+    rounds = measure.compare(arms, prompts, ["all"] * len(prompts))
+    *_, result = track(rounds, total=len(prompts), description="every shape", console=stderr())
+    return {name: round(result.ratio(name, "off")[1], 4) for name in names[1:]}
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from .console import stderr
+
+    console = stderr()
+    rows = Table(title="one target forward over n rows")
+    rows.add_column("n")
+    rows.add_column("ms", justify="right")
+    rows.add_column("of a plain step", justify="right")
+    plain = report["rows_ms"][1]
+    for n, ms in report["rows_ms"].items():
+        rows.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}")
+    console.print(rows)
+    for key, title in (
+        ("measured_by_shape", "measured speed-up, width x length"),
+        ("predicted_by_shape", "predicted speed-up, width x length"),
+    ):
+        if key in report:
+            grid = Table(title=title)
+            grid.add_column("width")
+            for length in LENGTHS:
+                grid.add_column(f"L={length}", justify="right")
+            for width in WIDTHS:
+                grid.add_row(str(width), *(f"{report[key][f'{width}x{length}']:.2f}" for length in LENGTHS))
+            console.print(grid)
+    console.print(report["advice"])
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """The heat map of speed-up by width x length, and speed-up by node budget, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from redrafter_mlx.files import new_file
+
+    key = "measured_by_shape" if "measured_by_shape" in report else "predicted_by_shape"
+    values = [[report[key][f"{w}x{length}"] for length in LENGTHS] for w in WIDTHS]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    image = left.imshow(values, cmap="RdYlGn", vmin=0.5, vmax=1.5, aspect="auto")
+    left.set_xticks(range(len(LENGTHS)), [str(length) for length in LENGTHS])
+    left.set_yticks(range(len(WIDTHS)), [str(w) for w in WIDTHS])
+    left.set(xlabel="beam length (root counted)", ylabel="beam width", title=key.replace("_", " "))
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            left.text(x, y, f"{value:.2f}", ha="center", va="center")
+    figure.colorbar(image, ax=left, label="speed-up over plain decoding")
+    budgets = report["predicted_by_nodes"]
+    right.plot([int(n) for n in budgets], list(budgets.values()), marker="o")
+    right.axhline(1.0, color="grey", linewidth=0.8)
+    right.set(
+        xlabel="nodes verified, root included", ylabel="predicted speed-up", title="by node budget, 8x5"
+    )
+    figure.suptitle(f"{report['model']} on {report['chip']}")
+    figure.tight_layout()
+    with new_file(path) as part:
+        figure.savefig(part, dpi=120, format="png")
+    pyplot.close(figure)
