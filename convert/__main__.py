@@ -29,48 +29,30 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert checkpoints for redrafter.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     drafter = commands.add_parser("drafter", help="a PyTorch recurrent drafter -> a drafter folder")
-    drafter.add_argument(
-        "src", metavar="SRC", help="folder, file of weights, or owner/name on Hugging Face"
-    )
+    drafter.add_argument("src", metavar="SRC", help="folder, file of weights, or owner/name on Hugging Face")
     drafter.add_argument("--target", help="check that it fits this model, and record it")
     drafter.add_argument(
         "--activation", choices=("silu", "linear"), default="silu",
         help="the RNN's: silu as Apple trains it (default), linear as TensorRT-LLM runs it",
     )  # fmt: skip
 
-    target = commands.add_parser(
-        "target", help="a Hugging Face checkpoint or a GGUF -> an mlx-lm folder"
-    )
-    target.add_argument(
-        "src", metavar="SRC", help="folder, .gguf file, or owner/name on Hugging Face"
-    )
+    target = commands.add_parser("target", help="a Hugging Face checkpoint or a GGUF -> an mlx-lm folder")
+    target.add_argument("src", metavar="SRC", help="folder, .gguf file, or owner/name on Hugging Face")
     how = target.add_mutually_exclusive_group()
     how.add_argument("--quantize", "-q", action="store_true", help="quantise the weights")
     how.add_argument("--dequantize", "-d", action="store_true", help="unpack quantised weights")
-    target.add_argument(
-        "--bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="with --quantize (default 4)"
-    )
-    target.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128), help="with --quantize (default 64)"
-    )
+    target.add_argument("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="with --quantize (default 4)")
+    target.add_argument("--group-size", type=int, choices=(32, 64, 128), help="with --quantize (default 64)")
 
-    export = commands.add_parser(
-        "export", help="a drafter folder -> Apple's format, with a full head"
-    )
+    export = commands.add_parser("export", help="a drafter folder -> Apple's format, with a full head")
     export.add_argument("src", metavar="DIR", help="drafter folder")
-    export.add_argument(
-        "--target", help="the model it drafts for; needed where its head is factored"
-    )
+    export.add_argument("--target", help="the model it drafts for; needed where its head is factored")
 
     for command in (drafter, target, export):
-        command.add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="folder to write"
-        )
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
         command.add_argument(
             "--dtype", choices=_DTYPES, help="of weights that are not packed (default: as stored)"
         )
@@ -108,9 +90,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _run_target(arguments: argparse.Namespace) -> None:
     for name in ("bits", "group_size"):
         if getattr(arguments, name) is not None and not arguments.quantize:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(arguments, name)} needs --quantize"
-            )
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} needs --quantize")
     from .target import TargetOptions, convert_target
 
     options = TargetOptions(

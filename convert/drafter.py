@@ -105,9 +105,7 @@ def read_drafter(path: Path) -> DrafterSource:
     check(RecurrentDrafter(config), tensors, where)  # type: ignore[arg-type]
     _check_floating(tensors, where)
     if named.beside:
-        notes.append(
-            f"{len(named.beside)} tensors of the base model beside the drafter are left out"
-        )
+        notes.append(f"{len(named.beside)} tensors of the base model beside the drafter are left out")
     return DrafterSource(where, weights.container, named, config, tensors, tuple(notes))
 
 
@@ -140,14 +138,11 @@ def _sizes(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
     if len(heads) != 1:
         found = ", ".join(sorted(heads)) or "none"
         raise ValueError(
-            f"{where} must hold one output matrix lm_head.{{N}}.weight after its N blocks, "
-            f"found {found}"
+            f"{where} must hold one output matrix lm_head.{{N}}.weight after its N blocks, found {found}"
         )
     shape = tensors[heads[0]].shape
     if len(shape) != 2:
-        raise ValueError(
-            f"{where}: {heads[0]} must have the shape (V, exit_dim), not {tuple(shape)}"
-        )
+        raise ValueError(f"{where}: {heads[0]} must have the shape (V, exit_dim), not {tuple(shape)}")
     hidden = shape[1] // 2
     for name, parts in (("input_proj.weight", 2), ("rnn_u.weight", 1), ("rnn_w.weight", 1)):
         if name in tensors:
@@ -174,9 +169,7 @@ def _without_padding(
 
 def _check_floating(tensors: dict[str, Tensor], where: str) -> None:
     wrong = [
-        f"{n} ({dtype_name(t.dtype)})"
-        for n, t in tensors.items()
-        if not mx.issubdtype(t.dtype, mx.floating)
+        f"{n} ({dtype_name(t.dtype)})" for n, t in tensors.items() if not mx.issubdtype(t.dtype, mx.floating)
     ]
     if wrong:
         raise ValueError(f"{where} must hold floating-point weights, not {', '.join(wrong)}")
@@ -232,9 +225,7 @@ def _load_target(name: str) -> Target:
 def _cast(arrays: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
     if dtype is None:
         return arrays
-    return {
-        n: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a for n, a in arrays.items()
-    }
+    return {n: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a for n, a in arrays.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +259,7 @@ def export_drafter(folder: str, out: Path, options: ExportOptions, report: Repor
     if config.head == "factored":
         if options.target is None:
             raise ValueError(
-                f"--target is needed: {folder} has head 'factored' and reads the target's output "
-                "rows"
+                f"--target is needed: {folder} has head 'factored' and reads the target's output rows"
             )
         drafter = full_head(drafter.bind(_load_target(options.target)))
     if config.draft_vocab_size is not None:
@@ -281,14 +271,9 @@ def export_drafter(folder: str, out: Path, options: ExportOptions, report: Repor
     if config.activation == "linear":
         report("its RNN is linear: right for TensorRT-LLM, while Apple's code would apply SiLU")
     if config.calibration:
-        report(
-            "the calibration of its probabilities is left out: Apple's format has no place for it"
-        )
+        report("the calibration of its probabilities is left out: Apple's format has no place for it")
     if config.embedding_scale != 1.0:
-        report(
-            f"it reads embeddings scaled by {config.embedding_scale}; Apple's format does not say "
-            "so"
-        )
+        report(f"it reads embeddings scaled by {config.embedding_scale}; Apple's format does not say so")
     arrays = dict(tree_flatten(drafter.parameters()))
     dtypes = {array.dtype for array in arrays.values()}
     widest = next(iter(dtypes)) if len(dtypes) == 1 else mx.float32
@@ -341,9 +326,7 @@ def full_vocabulary(drafter: RecurrentDrafter) -> RecurrentDrafter:
     rows[:, size] = _NEVER
     rows[ids] = mx.pad(old[head], [(0, 0), (0, extra)])
     new[head] = rows
-    values = with_config(
-        RecurrentDrafter(config), draft_vocab_size=None, exit_dim=size + extra
-    ).config
+    values = with_config(RecurrentDrafter(config), draft_vocab_size=None, exit_dim=size + extra).config
     full = RecurrentDrafter(values)
     full.load_weights(list(new.items()))
     return full

@@ -64,13 +64,9 @@ def translate(names: list[str]) -> Named:
     Raises:
         ValueError: two tensors of the source have the same meaning.
     """
-    prefixed = [
-        name for name in names if re.match(r"(module\.|_orig_mod\.)*(model\.)?drafter\.", name)
-    ]
+    prefixed = [name for name in names if re.match(r"(module\.|_orig_mod\.)*(model\.)?drafter\.", name)]
     mine = prefixed or names
-    dialect = next(
-        (d for pattern, d in DIALECTS for name in mine if re.fullmatch(pattern, name)), "unknown"
-    )
+    dialect = next((d for pattern, d in DIALECTS for name in mine if re.fullmatch(pattern, name)), "unknown")
     ours: dict[str, str] = {}
     unknown = []
     for name in mine:
@@ -82,9 +78,7 @@ def translate(names: list[str]) -> Named:
         else:
             ours[found] = name
     if OUTPUT in ours:
-        blocks = {
-            int(n.split(".")[1]) for n in ours if n.startswith("lm_head.") and ".linear." in n
-        }
+        blocks = {int(n.split(".")[1]) for n in ours if n.startswith("lm_head.") and ".linear." in n}
         ours[f"lm_head.{max(blocks, default=-1) + 1}.weight"] = ours.pop(OUTPUT)
     return Named(ours, dialect, tuple(unknown), tuple(n for n in names if n not in set(mine)))
 

@@ -84,9 +84,7 @@ def locate(source: str, what: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=wanted))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise FileNotFoundError(
-            f"no {what} {source!r} here, and none from Hugging Face: {reason}"
-        ) from None
+        raise FileNotFoundError(f"no {what} {source!r} here, and none from Hugging Face: {reason}") from None
 
 
 def read_weights(path: Path) -> Weights:
@@ -110,14 +108,10 @@ def _main_file(folder: Path) -> Path:
     for endings in ((".safetensors",), _TORCH_ENDINGS):
         found = sorted(f for f in folder.iterdir() if f.suffix in endings and f.is_file())
         if len(found) > 1:
-            raise ValueError(
-                f"{folder} holds {len(found)} files of weights: name one of {_names(found)}"
-            )
+            raise ValueError(f"{folder} holds {len(found)} files of weights: name one of {_names(found)}")
         if found:
             return found[0]
-    raise FileNotFoundError(
-        f"no weights in {folder}: looked for {', '.join((*SAFETENSORS, *TORCH))}"
-    )
+    raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join((*SAFETENSORS, *TORCH))}")
 
 
 def _names(files: list[Path]) -> str:
@@ -160,18 +154,14 @@ def _read_shards(index: Path) -> Weights:
 
 def _read_ranks(folder: Path) -> Weights:
     """TensorRT-LLM's tensor parallelism: every drafter tensor is split by rows over the ranks."""
-    files = sorted(
-        folder.glob("rank*.safetensors"), key=lambda f: int(re.sub(r"\D", "", f.stem) or -1)
-    )
+    files = sorted(folder.glob("rank*.safetensors"), key=lambda f: int(re.sub(r"\D", "", f.stem) or -1))
     if [f.name for f in files] != [f"rank{i}.safetensors" for i in range(len(files))]:
         raise ValueError(f"{folder} lacks ranks: it holds {_names(files)}")
     ranks = [read_safetensors(file) for file in files]
     if any(rank.keys() != ranks[0].keys() for rank in ranks):
         raise ValueError(f"{folder}: the ranks hold different tensors")
     names = [name for name in ranks[0] if name.startswith("drafter.")]
-    return Weights(
-        {name: mx.concatenate([rank[name] for rank in ranks]) for name in names}, tuple(files)
-    )
+    return Weights({name: mx.concatenate([rank[name] for rank in ranks]) for name in names}, tuple(files))
 
 
 @contextmanager
@@ -184,9 +174,7 @@ def output_folder(out: Path, force: bool) -> Iterator[Path]:
         ValueError: `out` is a file, is not empty (without `force`), or cannot be written.
     """
     check_output(out, force)
-    before = (
-        {file for pattern in _REPLACED for file in out.glob(pattern)} if out.is_dir() else set()
-    )
+    before = {file for pattern in _REPLACED for file in out.glob(pattern)} if out.is_dir() else set()
     try:
         with new_folder(out) as part:
             yield part
@@ -203,9 +191,7 @@ def check_output(out: Path, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {out} is a file")
     if not force and out.is_dir() and any(out.iterdir()):
-        raise ValueError(
-            f"--out {out} is not empty: name a new folder, or add --force to replace its model"
-        )
+        raise ValueError(f"--out {out} is not empty: name a new folder, or add --force to replace its model")
 
 
 Report = Callable[[str], None]

@@ -93,11 +93,7 @@ def convert_target(source: str, out: Path, options: TargetOptions, report: Repor
 
 
 def _open(source: str, scratch: Path, report: Report) -> TargetSource:
-    path = (
-        default_model.default_model_path()
-        if source == default_model.NAME
-        else locate(source, "target")
-    )
+    path = default_model.default_model_path() if source == default_model.NAME else locate(source, "target")
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(
             f"SRC must be a folder, a .gguf file or owner/name on Hugging Face, not the file {path}"
@@ -165,17 +161,13 @@ def _stage(folder: Path, weights: list[Path], scratch: Path, report: Report) -> 
     settings.write_text(json.dumps(config))
     left_out = 0
     for number, (file, tensors) in enumerate(tensor_files(folder, weights)):
-        arrays = {
-            name: as_array(t) for name, t in tensors.items() if not name.startswith("drafter.")
-        }
+        arrays = {name: as_array(t) for name, t in tensors.items() if not name.startswith("drafter.")}
         left_out += len(tensors) - len(arrays)
         report(f"reading {file.name}")
         if arrays:
             mx.save_safetensors(str(scratch / f"model-{number:05d}.safetensors"), arrays)
     if left_out:
-        report(
-            f"{left_out} tensors of a drafter are left out; `redrafter-convert drafter` takes those"
-        )
+        report(f"{left_out} tensors of a drafter are left out; `redrafter-convert drafter` takes those")
 
 
 def tensor_files(folder: Path, weights: list[Path]) -> Iterator[tuple[Path, dict[str, Tensor]]]:
@@ -198,9 +190,7 @@ def tensor_files(folder: Path, weights: list[Path]) -> Iterator[tuple[Path, dict
         yield file, dict(read_torch(file))
 
 
-def _change(
-    found: TargetSource, options: TargetOptions, report: Report
-) -> tuple[nn.Module, dict[str, Any]]:
+def _change(found: TargetSource, options: TargetOptions, report: Report) -> tuple[nn.Module, dict[str, Any]]:
     """Dequantise, cast and quantise as asked."""
     model, config = found.model, dict(found.config)
     if "quantization" in config and (options.bits or options.dequantize):
@@ -213,11 +203,7 @@ def _change(
         casts = getattr(model, "cast_predicate", lambda _: True)
 
         def cast(name: str, array: mx.array) -> mx.array:
-            return (
-                array.astype(dtype)
-                if casts(name) and mx.issubdtype(array.dtype, mx.floating)
-                else array
-            )
+            return array.astype(dtype) if casts(name) and mx.issubdtype(array.dtype, mx.floating) else array
 
         model.update(tree_map_with_path(cast, model.parameters()))
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)
@@ -246,9 +232,7 @@ def _check_reload(part: Path, model: nn.Module, source: str) -> None:
         if mine is None and theirs is None:
             continue
         if mine is None or theirs is None or not mx.allclose(mine, theirs, rtol=1e-3).item():
-            raise ValueError(
-                f"{source} scales RoPE in a way that config.json cannot express ({name})"
-            )
+            raise ValueError(f"{source} scales RoPE in a way that config.json cannot express ({name})")
 
 
 def _ropes(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -112,9 +112,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Torc
         raise ValueError("a tensor needs a storage and an offset")
     tensor = TorchTensor(storage, offset, _ints(shape), _ints(stride))
     if len(tensor.shape) != len(tensor.stride) or tensor.size > storage.size:
-        raise ValueError(
-            f"a tensor of shape {shape}, strides {stride} cannot lie in {storage.size} values"
-        )
+        raise ValueError(f"a tensor of shape {shape}, strides {stride} cannot lie in {storage.size} values")
     return tensor
 
 
@@ -231,9 +229,7 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
-            raise ValueError(
-                f"the pickle fills a {type(self.stack[-1]).__name__} as a {kind.__name__}"
-            )
+            raise ValueError(f"the pickle fills a {type(self.stack[-1]).__name__} as a {kind.__name__}")
         return self.stack[-1]
 
 
@@ -256,9 +252,7 @@ class _Zip:
     def __init__(self, path: Path) -> None:
         self.path = path
         with zipfile.ZipFile(path) as archive:
-            pickles = [
-                n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1
-            ]
+            pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
             if len(pickles) != 1:
                 raise ValueError("it is a zip archive without NAME/data.pkl")
             self.root = pickles[0].removesuffix("/data.pkl")
@@ -283,9 +277,7 @@ class _Zip:
         storage = _storage(key, self.read)
         width = np.dtype(_STORAGES[storage.kind][0]).itemsize
         if self.sizes.get(f"{self.root}/data/{storage.key}") != storage.size * width:
-            raise ValueError(
-                f"its storage {storage.key} is missing or has another size than the pickle says"
-            )
+            raise ValueError(f"its storage {storage.key} is missing or has another size than the pickle says")
         return storage
 
     def read(self, key: str) -> bytes:
@@ -351,9 +343,7 @@ def _state_dict(value: Any) -> dict[str, TorchTensor]:
     inner: Iterator[Any] = iter(value.values() if isinstance(value, dict) else ())
     candidates = [found for item in inner if (found := tensors(item))]
     if len(candidates) != 1:
-        raise ValueError(
-            f"it holds {len(candidates)} dictionaries of tensors, where one is expected"
-        )
+        raise ValueError(f"it holds {len(candidates)} dictionaries of tensors, where one is expected")
     return candidates[0]
 
 
@@ -379,6 +369,4 @@ def read_torch(path: Path) -> dict[str, TorchTensor]:
     except UnsafeFile as error:
         raise UnsafeFile(f"{path} {error}") from None
     except _DAMAGE as error:
-        raise ValueError(
-            f"{path} is not a PyTorch file of weights, or is damaged: {error}"
-        ) from None
+        raise ValueError(f"{path} is not a PyTorch file of weights, or is damaged: {error}") from None

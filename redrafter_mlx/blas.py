@@ -52,8 +52,9 @@ def _candidates() -> Iterator[str]:
 def _keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next array instead of returning them to the kernel.
 
-    MLX's CPU backend takes every array from malloc. By default those over 128 KiB are mapped and unmapped each
-    time, and the page faults cost more than the arithmetic (about 6x on large element-wise operations).
+    MLX's CPU backend takes every array from malloc. By default those over 128 KiB are mapped and unmapped
+    each time, and the page faults cost more than the arithmetic (about 6x on large element-wise
+    operations).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
     if mallopt is not None:

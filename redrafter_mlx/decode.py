@@ -34,6 +34,7 @@ from .target import Target, Verified
 from .tree import Beam, Levels, TokenTree, ancestor_mask, build, chain, survivors
 
 PREFILL_BLOCK = 2048  # prompt tokens per forward
+SHORT_PROMPT = 32  # up to here one forward is cheaper than two
 
 
 @dataclass(slots=True)
@@ -132,9 +133,13 @@ class Decoder:
         if self.sampling.has_penalties:
             self.counts = TokenCounts.of([*history, *tokens], self.target.vocab_size)
         prompt = mx.array(list(tokens), dtype=mx.int32)
-        for start in range(0, len(tokens), PREFILL_BLOCK):
-            out = self.target.extend(prompt[start : start + PREFILL_BLOCK], self.cache)
-            mx.eval(self.cache.arrays(), out.hidden)  # logits stay unevaluated except the last
+        # The head would run over every row of a forward whose logits are asked for, so a long prompt's last
+        # token goes alone, as in mlx-lm.
+        body = len(tokens) - 1 if len(tokens) > SHORT_PROMPT else 0
+        for start in range(0, body, PREFILL_BLOCK):
+            self.target.extend(prompt[start : min(start + PREFILL_BLOCK, body)], self.cache)
+            mx.eval(self.cache.arrays())
+        out = self.target.extend(prompt[body:], self.cache)
         position = mx.array([self.cache.length], dtype=mx.int32)
         noise = self._noise_at(position, self.cache.length, 1)
         logits = out.logits

@@ -239,7 +239,10 @@ class RecurrentDrafter(nn.Module):
         return mx.stack(out, axis=1)
 
     def prepare(self, context: mx.array) -> mx.array:
-        """What of `features` depends on the context alone, so that a search computes it once. (..., C) -> (..., C or X)."""
+        """What of `features` depends on the context alone, so that a search computes it once.
+
+        (..., C) -> (..., X), or (..., C) as it is where nothing can be computed ahead.
+        """
         if not self.has_input_proj or isinstance(self.input_proj, nn.QuantizedLinear):
             return context
         weight = self.input_proj.weight[:, : self.config.context_size]

@@ -20,6 +20,8 @@ from .target import Target
 from .text import TextStream
 from .tree import MAX_NODES, Beam
 
+RESERVED_TOKENS = 4096  # KV cache allocated at once for an answer; longer ones grow it in blocks
+
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -142,7 +144,7 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
     return Fixed(beam)
 
 
-def stream_generate(
+def stream_generate(  # noqa: PLR0913  (the public options, all but two by keyword)
     model: Model,
     prompt: Prompt,
     *,
@@ -189,24 +191,30 @@ def stream_generate(
         cache.kv = model.target.new_cache(kv_bits)
     elif cache.kv.bits != kv_bits:
         raise ValueError(f"the cache given has kv_bits {cache.kv.bits}, asked for {kv_bits}")
-    return _stream(model, tokens, max_tokens, sampling, policy, stop, cache)
+    return _stream(_Job(model, tokens, max_tokens, sampling, policy, tuple(stop), cache))
 
 
-def _stream(
-    model: Model,
-    prompt: list[int],
-    max_tokens: int,
-    sampling: Sampling,
-    policy: Policy,
-    stop: Sequence[str],
-    cache: PromptCache,
-) -> Iterator[Chunk]:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A checked call of `stream_generate`."""
+
+    model: Model
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    policy: Policy
+    stop: tuple[str, ...]
+    cache: PromptCache
+
+
+def _stream(job: _Job) -> Iterator[Chunk]:
+    model, prompt, max_tokens, cache = job.model, job.prompt, job.max_tokens, job.cache
     bits = cache.kv.bits if cache.kv is not None else None
     reused = cache.reuse(prompt)
     kv = cache.kv = cache.kv or model.target.new_cache(bits)
-    kv.reserve(min(len(prompt) + max_tokens, len(prompt) + 4096) + MAX_NODES)
-    decoder = Decoder(model.target, model.drafter, kv, policy, sampling)
-    stats, text = decoder.stats, TextStream(model.tokenizer, stop)
+    kv.reserve(len(prompt) + min(max_tokens, RESERVED_TOKENS) + MAX_NODES)
+    decoder = Decoder(model.target, model.drafter, kv, job.policy, job.sampling)
+    stats, text = decoder.stats, TextStream(model.tokenizer, job.stop)
     ends = model.tokenizer.eos_token_ids if model.tokenizer is not None else set()
     stats.prompt_tokens, stats.reused_tokens = len(prompt), reused
     mx.reset_peak_memory()

@@ -83,10 +83,11 @@ def gumbel(seed: int, positions: mx.array, vocab_size: int) -> mx.array:
 
 
 class PositionNoise:
-    """Gumbel noise by absolute position, each row computed once though every draft looks ahead over several.
+    """Gumbel noise by absolute position, each row computed once though every draft looks ahead over
+    several.
 
-    Positions live on the device (the next draft is queued before the host knows where it stands); the host gives
-    bounds. Rows are made in blocks and forgotten when the text has passed them.
+    Positions live on the device (the next draft is queued before the host knows where it stands); the host
+    gives bounds. Rows are made in blocks and forgotten when the text has passed them.
     """
 
     BLOCK = 8

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SAMPLING_TAU = 0.7  # softens the noisy scores; fitted in simulation, exactness does not depend on it
 
 
-def search(
+def search(  # noqa: PLR0913  (four by keyword)
     drafter: RecurrentDrafter,
     context: mx.array,
     root: mx.array,

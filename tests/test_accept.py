@@ -35,7 +35,11 @@ TREE = tree_of([50, 11, 12, 13, 14, 13], [0, 0, 1, 2, 0, 4])
         ([11, 77, 0, 0, 0, 0], [0, 1], [11, 77]),  # sometimes
         ([11, 12, 13, 66, 0, 0], [0, 1, 2, 3], [11, 12, 13, 66]),  # always
         ([14, 0, 0, 0, 13, 5], [0, 4, 5], [14, 13, 5]),  # the second branch
-        ([11, 13, 13, 0, 13, 0], [0, 1], [11, 13]),  # agreement behind a refused node does not count
+        (
+            [11, 13, 13, 0, 13, 0],
+            [0, 1],
+            [11, 13],
+        ),  # agreement behind a refused node does not count
     ],
 )
 def test_walk(choice: list[int], path: list[int], tokens: list[int]) -> None:
@@ -73,4 +77,7 @@ def test_against_a_plain_walk(seed: int) -> None:
     ) is not None:
         node = child
         path.append(node)
-    assert accept(tree, mx.array(choice)).read() == (path, [*[tokens[n] for n in path[1:]], choice[node]])
+    assert accept(tree, mx.array(choice)).read() == (
+        path,
+        [*[tokens[n] for n in path[1:]], choice[node]],
+    )

@@ -146,5 +146,3 @@ def test_interpolation() -> None:
     assert seconds[:5].tolist() == pytest.approx([0, 1, 1.5, 2.0, 2.5])
     assert np.all(np.diff(seconds) > 0)
     assert CostTable({1: 1.0}, {1: 0.1, 8: 0.8}, {1: 0.2, 8: 0.9}).draft_seconds(8, 4) == pytest.approx(2.6)
-
-

@@ -14,7 +14,10 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux repl
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     prefix = "import logging; logging.basicConfig(level='DEBUG');"
     return subprocess.run(
-        [sys.executable, "-c", prefix + code], env={**os.environ, **env}, capture_output=True, text=True
+        [sys.executable, "-c", prefix + code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
     )
 
 

@@ -246,9 +246,7 @@ def test_out_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "must be a folder" in error_of(capsys, *run[:-1], str(out / "notes.txt"))
 
 
-def test_answer_on_stdout_notes_on_stderr(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answer_on_stdout_notes_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert(DIALECTS / "modelopt_layers_mismatch", tmp_path / "out")
     captured = capsys.readouterr()
     assert captured.out == f"{tmp_path / 'out'}\n"
@@ -256,9 +254,7 @@ def test_answer_on_stdout_notes_on_stderr(
     assert "12 tensors of the base model" in captured.err
 
 
-def drafted(
-    drafter: RecurrentDrafter, context: mx.array, table: mx.array
-) -> tuple[mx.array, mx.array]:
+def drafted(drafter: RecurrentDrafter, context: mx.array, table: mx.array) -> tuple[mx.array, mx.array]:
     return drafter.beam_search(context, 3, lambda tokens: table[tokens], 5, 4)
 
 

@@ -123,14 +123,11 @@ def test_drafter_beside_the_target(tmp_path: Path, capsys: pytest.CaptureFixture
     out = convert(MODELOPT, tmp_path / "target")
     assert "8 tensors of a drafter are left out" in capsys.readouterr().err
     assert "redrafter" not in json.loads((out / "config.json").read_text())
-    assert (
-        main(["drafter", str(MODELOPT), "--out", str(out / "drafter"), "--target", str(out)]) == 0
-    )
+    assert main(["drafter", str(MODELOPT), "--out", str(out / "drafter"), "--target", str(out)]) == 0
     model = load(out)  # finds the drafter folder inside
     assert model.drafter is not None
     plain, drafted = (
-        rd.generate(model, [1, 2, 3], max_tokens=20, draft=draft)[1].token_ids
-        for draft in ("off", "2x3")
+        rd.generate(model, [1, 2, 3], max_tokens=20, draft=draft)[1].token_ids for draft in ("off", "2x3")
     )
     assert plain == drafted
 
@@ -243,9 +240,7 @@ def test_gguf_rope_factors(factor: float, tmp_path: Path) -> None:
     np.testing.assert_allclose(got, want, atol=1e-4)  # the divisors were rounded to float32
 
 
-def test_rope_factors_that_no_config_has(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rope_factors_that_no_config_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     divisors = np.linspace(1, 8, 8, dtype=np.float32)
     tensors = {**tensors_of(tiny_llama(), 0), "rope_freqs.weight": (divisors, 0)}
     write_gguf(tmp_path / "m.gguf", METADATA, tensors)
@@ -314,9 +309,7 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = lines_of(capsys, dialects / "modelopt_layers_mismatch")
     assert found["names"] == "NVIDIA ModelOpt" and found["residual blocks"] == "2"
     found = lines_of(capsys, dialects / "model_pt")
-    assert (
-        found["files"] == "PyTorch, weights only: model.pt" and found["values"] == "4,056 float32"
-    )
+    assert found["files"] == "PyTorch, weights only: model.pt" and found["values"] == "4,056 float32"
     found = lines_of(capsys, E00 / "target")
     assert (found["kind"], found["model type"], found["layers"]) == ("target", "llama", "3")
     found = lines_of(capsys, gguf(tmp_path / "m.gguf", 8))
@@ -324,9 +317,7 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["drafter", str(dialects / "model_pt"), "--out", str(tmp_path / "ours")]) == 0
     capsys.readouterr()
     found = lines_of(capsys, tmp_path / "ours")
-    assert (
-        found["kind"].startswith("recurrent drafter of redrafter-mlx") and found["head"] == "full"
-    )
+    assert found["kind"].startswith("recurrent drafter of redrafter-mlx") and found["head"] == "full"
 
 
 class FakeHub:

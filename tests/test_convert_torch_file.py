@@ -180,9 +180,7 @@ def test_not_a_torch_file(tmp_path: Path) -> None:
         b"\x80\x02K\x01.",
     ):
         path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"x\.pt is not a PyTorch file of weights, or is damaged"
-        ):
+        with pytest.raises(ValueError, match=r"x\.pt is not a PyTorch file of weights, or is damaged"):
             read_torch(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("something.txt", "else")

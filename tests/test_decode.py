@@ -164,11 +164,16 @@ def test_abandoned_stream_leaves_a_usable_cache() -> None:
 )
 def test_refused_before_any_work(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        stream_generate(make("llama"), PROMPT, **options)  # type: ignore[arg-type]
+        stream_generate(make("llama"), PROMPT, **options)
 
 
 def test_refuses_bad_prompts() -> None:
     model = make("llama")
-    for prompt, message in (([], "empty"), ([VOCAB], "0..63"), ([-1], "0..63"), ("hi", "no tokenizer")):
+    for prompt, message in (
+        ([], "empty"),
+        ([VOCAB], "0..63"),
+        ([-1], "0..63"),
+        ("hi", "no tokenizer"),
+    ):
         with pytest.raises(ValueError, match=message):
-            stream_generate(model, prompt)  # type: ignore[arg-type]
+            stream_generate(model, prompt)

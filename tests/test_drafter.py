@@ -79,7 +79,12 @@ def test_unbound_factored_head_is_refused() -> None:
 def test_save_and_load(tmp_path: Path) -> None:
     target = make_target()
     drafter = make_drafter(
-        target, head="factored", context_layers=(1,), draft_vocab_size=32, calibration=(1.1, 1.2), exit_dim=48
+        target,
+        head="factored",
+        context_layers=(1,),
+        draft_vocab_size=32,
+        calibration=(1.1, 1.2),
+        exit_dim=48,
     )
     save_drafter(drafter, tmp_path / "d", extra=[("README.md", "card")])
     again = load_drafter(tmp_path / "d")
@@ -102,7 +107,9 @@ def test_quantised_drafter_round_trip(tmp_path: Path) -> None:
     hidden, tokens = mx.random.normal((2, 32)), mx.array([[1, 2], [3, 4]])
     want = drafter.logits(hidden, tokens, target.embed)
     quantize_drafter(drafter, bits=8, group_size=32)
-    drafter.config = DrafterConfig(**{**asdict(drafter.config), "quantization": {"bits": 8, "group_size": 32}})
+    drafter.config = DrafterConfig(
+        **{**asdict(drafter.config), "quantization": {"bits": 8, "group_size": 32}}
+    )
     save_drafter(drafter, tmp_path / "q")
     got = load_drafter(tmp_path / "q").logits(hidden, tokens, target.embed)
     assert mx.abs(got - want).max().item() < 0.05 * mx.abs(want).max().item()

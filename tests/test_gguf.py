@@ -144,7 +144,14 @@ def test_rope_factors(tmp_path: Path) -> None:
 def test_tokenizer_and_template(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", METADATA, tensors_of(tiny_llama(), 0))
     _, tokenizer, _ = load_gguf(tmp_path / "m.gguf")
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("the 12é")) == ["the", "Ġ", "1", "2", "Ã", "©"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("the 12é")) == [
+        "the",
+        "Ġ",
+        "1",
+        "2",
+        "Ã",
+        "©",
+    ]
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "the"}])
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|user|>", "the"]
     assert tokenizer.eos_token_ids == {2}
@@ -154,7 +161,18 @@ def test_tokenizer_and_template(tmp_path: Path) -> None:
 
 
 def test_sentencepiece_tokenizer(tmp_path: Path) -> None:
-    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "t", "h", "e", "th", "▁the"]
+    vocab = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        "t",
+        "h",
+        "e",
+        "th",
+        "▁the",
+    ]
     types = [2, 3, 3] + [6] * 256 + [1] * 6
     scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -9.0, -1.0, -2.0]
     model = Llama(ModelArgs(

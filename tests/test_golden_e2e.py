@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx import decode
+from redrafter_mlx import search as search_module
 from redrafter_mlx.generation import Model
-from redrafter_mlx.search import beams_of
 from redrafter_mlx.tree import chain
 
 GOLDENS = Path(__file__).parent / "goldens" / "e2e"
@@ -52,11 +52,11 @@ def test_beams_and_accepted(
     model, io = case
     seen: list[tuple[np.ndarray, int]] = []
     queued: list[np.ndarray] = []
-    original_search, original_observe = decode.search, decode.Stats.observe
+    original_search, original_observe = search_module.search, decode.Stats.observe
 
     def search(drafter, context, root, embed, **options):  # type: ignore[no-untyped-def]
         levels = original_search(drafter, context, root, embed, **options)
-        queued.append(np.array(beams_of(levels, int(root.item()))[0]))
+        queued.append(np.array(search_module.beams_of(levels, int(root.item()))[0]))
         return levels
 
     def observe(self, nodes, num_accepted):  # type: ignore[no-untyped-def]

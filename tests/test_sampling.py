@@ -138,7 +138,7 @@ def test_top_k_search(size: int, k: int) -> None:
 )  # fmt: skip
 def test_impossible_settings(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
-        Sampling(**values)  # type: ignore[arg-type]
+        Sampling(**values)
 
 
 def test_without_a_seed_every_call_differs_and_reports_it() -> None:

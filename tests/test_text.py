@@ -29,7 +29,7 @@ class Pieces:
 
 
 def run(pieces: list[str], *stop: str) -> tuple[list[str], bool]:
-    stream = TextStream(Pieces(pieces), stop)  # type: ignore[arg-type]
+    stream = TextStream(Pieces(pieces), stop)
     out = []
     for token in range(len(pieces)):
         out.append(stream.add(token))

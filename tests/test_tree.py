@@ -40,7 +40,9 @@ def random_levels(rng: np.random.Generator, width: int, length: int, vocab: int 
         logprobs.append([g[0] for g in grown])
         paths = {index: g[0] for index, g in enumerate(grown)}
     return Levels(
-        mx.array(tokens, dtype=mx.int32), mx.array(slots, dtype=mx.int32), mx.array(logprobs, dtype=mx.float32)
+        mx.array(tokens, dtype=mx.int32),
+        mx.array(slots, dtype=mx.int32),
+        mx.array(logprobs, dtype=mx.float32),
     )
 
 
@@ -48,7 +50,7 @@ def all_paths(levels: Levels) -> dict[tuple[int, ...], float]:
     """Every candidate as its path of tokens below the root -> log-probability."""
     tokens, slots, logprobs = (np.array(a) for a in (levels.tokens, levels.slots, levels.logprobs))
     paths: list[list[tuple[int, ...]]] = [[()]]
-    out = {}
+    out: dict[tuple[int, ...], float] = {}
     for level in range(tokens.shape[0]):
         row = [(*paths[-1][slots[level, w]], int(tokens[level, w])) for w in range(tokens.shape[1])]
         paths.append(row)
@@ -68,9 +70,7 @@ def paths_of(tree: TokenTree) -> list[tuple[int, ...]]:
 def test_worked_example() -> None:
     alive = survivors(MARS_LEVELS)
     assert alive.tolist() == [[True, False, False], [True] * 3, [True] * 3]
-    levels = Levels(
-        MARS_LEVELS.tokens, MARS_LEVELS.slots, mx.where(alive, MARS_LEVELS.logprobs, -1e30)
-    )
+    levels = Levels(MARS_LEVELS.tokens, MARS_LEVELS.slots, mx.where(alive, MARS_LEVELS.logprobs, -1e30))
     tree = build(levels, mx.array(MARS), 1 + int(alive.sum().item()))
     # the best beam first, then by falling probability
     assert tree.tokens.tolist() == [MARS, IS, A, RED, REDDISH, DARK, WHEN, RED]
@@ -143,13 +143,16 @@ def test_chain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "beam"), [("1x4", Beam(1, 4)), ("3x4@8", Beam(3, 4, 8)), (" 16x5@32 ", Beam(16, 5, 32))]
+    ("text", "beam"),
+    [("1x4", Beam(1, 4)), ("3x4@8", Beam(3, 4, 8)), (" 16x5@32 ", Beam(16, 5, 32))],
 )
 def test_parse(text: str, beam: Beam) -> None:
     assert Beam.parse(text) == beam and Beam.parse(str(beam)) == beam
 
 
-@pytest.mark.parametrize("text", ["", "x", "3x", "3x4@", "3X4", "0x4", "3x1", "3x4@1", "3x4@11", "-1x4", "30x5"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "3x", "3x4@", "3X4", "0x4", "3x1", "3x4@1", "3x4@11", "-1x4", "30x5"]
+)
 def test_parse_refuses(text: str) -> None:
     with pytest.raises(ValueError):
         Beam.parse(text)
