@@ -56,7 +56,7 @@ class Experience:
         depths = WIDE[1] - 1
         self.predicted = {g: np.full(depths, 2.0) for g in (True, False)}
         self.accepted = {g: np.full(depths, 2.0) for g in (True, False)}
-        self.wide = {g: deque(maxlen=12) for g in (True, False)}
+        self.wide = {g: deque(maxlen=8) for g in (True, False)}
 
     def trust(self, greedy: bool) -> np.ndarray:
         """(L-1,): how many nodes of a depth are accepted for each one predicted, at most 1.5."""
@@ -142,7 +142,7 @@ class Auto(Off):
         known.predicted[self.greedy][:depths] += self.expected
         known.accepted[self.greedy][: min(num_accepted, depths)] += 1
         self.drafted += 1
-        if self.drafted >= TRIAL and self.drafted % 6 == 0:
+        if self.drafted == TRIAL or self.drafted % (2 * TRIAL) == 0:
             self.best = self._best_shape()
             if self.best is None:
                 self._pause()
