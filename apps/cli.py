@@ -6,8 +6,6 @@ is instant.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import os
 import sys
@@ -17,9 +15,12 @@ import typer
 
 from redrafter_mlx import __version__
 
+from .bench import bench
 from .chat import chat
 from .demo import demo
 from .generate import generate
+from .train import train
+from .tune import tune
 
 app = typer.Typer(
     name="redrafter",
@@ -29,20 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(chat)
-app.command()(generate)
-app.command()(demo)
-
-
-def _register(name: str) -> None:
-    """Add the command that `name`.py defines, where this build has it."""
-    if importlib.util.find_spec(f".{name}", __package__) is not None:
-        module = importlib.import_module(f".{name}", __package__)
-        app.command(name)(getattr(module, name))
-
-
-for _name in ("train", "tune", "bench", "serve"):
-    _register(_name)
+for _command in (chat, generate, demo, train, tune, bench):
+    app.command()(_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,170 @@
+"""`redrafter train`: self-distil a drafter for any target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from redrafter_mlx.train.run import Request
+    from redrafter_mlx.train.trainer import Progress, Trainer
+
+
+def train(  # noqa: PLR0913  (typer: one argument per option)
+    out: Annotated[Path, typer.Option(help="Folder for the drafter, its checkpoints and its data.")],
+    model: Annotated[str, typer.Option(help="Target.")] = "smollm2-135m-instruct",
+    prompts: Annotated[Path | None, typer.Option(help="Prompts: .jsonl, .txt, or a folder of them.")] = None,
+    self_prompt: Annotated[
+        int, typer.Option(help="Answers to write; without --prompts to the target's own questions.")
+    ] = 1000,
+    exclude: Annotated[
+        Path | None,
+        typer.Option(help="Prompts never to train on, e.g. a benchmark's (.jsonl, .txt)."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 160,
+    rows: Annotated[int, typer.Option(help="Answers written at once.")] = 96,
+    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 2.0,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its peak.")] = 1e-3,
+    length: Annotated[int, typer.Option(help="Beam length to train for, root included.")] = 5,
+    soft: Annotated[
+        float, typer.Option(help="1: learn the target's distribution; 0: the tokens only.")
+    ] = 1.0,
+    exit_dim: Annotated[
+        int | None, typer.Option(help="Width of the drafter. Default: from the hidden size.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Residual blocks.")] = 2,
+    draft_vocab: Annotated[int, typer.Option(help="Commonest tokens the drafter may guess; 0: all.")] = 6144,
+    context_layers: Annotated[
+        str,
+        typer.Option(help="Target layers whose output the drafter reads: auto, none or 6,14,22."),
+    ] = "auto",
+    start_from: Annotated[
+        Path | None, typer.Option(help="Go on from this drafter instead of starting a new one.")
+    ] = None,
+    patience: Annotated[
+        int, typer.Option(help="Stop after so many validations without improvement; 0: never.")
+    ] = 0,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 200,
+    quantize: Annotated[int, typer.Option(help="Also export with 4 or 8 bits; 0: as float16 only.")] = 0,
+    push_to_hub: Annotated[str, typer.Option(help="Upload to this Hugging Face repository.")] = "",
+    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+) -> None:
+    """Have the target write text and train a recurrent drafter on it.
+
+    Killed and called again with the same options, it continues where it was, to the same result.
+    """
+    from redrafter_mlx import load
+    from redrafter_mlx.train.loss import Objective
+    from redrafter_mlx.train.run import Request, Shape
+    from redrafter_mlx.train.trainer import Settings
+
+    if length < 2:
+        raise ValueError(f"--length counts the root and must be at least 2, not {length}")
+    request = Request(
+        out=out,
+        prompts=prompts,
+        num_answers=self_prompt,
+        exclude=exclude,
+        context_layers=_context_layers(context_layers),
+        rows=rows,
+        max_tokens=max_tokens,
+        data_seed=seed,
+        start_from=start_from,
+        shape=Shape(exit_dim, layers, draft_vocab_size=draft_vocab or None),
+        settings=Settings(
+            epochs=epochs,
+            learning_rate=learning_rate,
+            objective=Objective(depths=length - 1, soft=soft),
+            seed=seed,
+            patience=patience,
+            validate_every=validate_every,
+        ),
+    )
+    loaded = load(model, "none")
+    if loaded.tokenizer is None:
+        raise ValueError(f"--model {model} has no tokenizer, so it cannot write text")
+    trainer = _run(loaded.target, loaded.tokenizer, request)
+    _finish(trainer, request, quantize, push_to_hub)
+
+
+def _context_layers(text: str) -> tuple[int, ...] | None:
+    if text == "auto":
+        return None
+    if text == "none":
+        return ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--context-layers must be auto, none or numbers like 6,14,22, not {text!r}"
+        ) from None
+
+
+def _run(target: Any, tokenizer: Any, request: Request) -> Trainer:
+    """Write the text and train, with progress bars on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    from redrafter_mlx.train.run import make_trainer, write_data
+
+    console = Console(stderr=True)
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Bars(*columns, console=console) as bars:
+        expected = request.num_answers * request.max_tokens
+        writing = bars.add_task("writing", total=expected, note="")
+
+        def on_step(count: int) -> None:
+            bars.advance(writing, count)
+            speed = bars.tasks[writing].speed or 0.0
+            bars.update(writing, note=f"at most {expected} tokens, {speed:.0f}/s")
+
+        tokens = write_data(target, tokenizer, request, on_step)
+        bars.update(writing, total=tokens, completed=tokens, note=f"{tokens} tokens")
+        trainer = make_trainer(target, request)
+        console.print(trainer.estimate())
+        training = bars.add_task("training", total=trainer.steps, note="")
+
+        def on_progress(progress: Progress) -> None:
+            depths = " ".join(f"{share:.2f}" for share in progress.acceptance)
+            note = (
+                f"loss {progress.loss:.3f}, held-out {progress.tokens_per_step:.2f} tokens/step "
+                f"(by depth {depths}), {progress.positions_per_second:.0f} positions/s"
+            )
+            bars.update(training, completed=progress.step, note=note)
+
+        trainer.run(on_progress)
+    return trainer
+
+
+def _finish(trainer: Trainer, request: Request, quantize: int, push_to_hub: str) -> None:
+    from redrafter_mlx.train.plot import plot
+    from redrafter_mlx.train.run import export
+
+    out = request.out
+    try:
+        plot(out / "metrics.jsonl", out / "metrics.png")
+    except ValueError as error:
+        typer.echo(f"no plot: {error}", err=True)
+    for bits in (None, quantize) if quantize else (None,):
+        folder = out / (f"{bits}bit" if bits else "float16")
+        done = export(out, folder, trainer.target, trainer.corpus, bits)
+        typer.echo(
+            f"{folder}: {done.bytes / 1e6:.1f} MB, {done.after:.3f} tokens per step "
+            f"on held-out text (before: {done.before:.3f})"
+        )
+    if push_to_hub:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=push_to_hub, folder_path=out / "float16")
+        typer.echo(f"uploaded to https://huggingface.co/{push_to_hub}")

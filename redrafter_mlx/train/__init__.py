@@ -1,0 +1,1 @@
+"""Self-distillation: the target writes text, a drafter learns to guess it."""

@@ -1,0 +1,194 @@
+"""Self-distillation data: shards of text that the target wrote, with the states it wrote it in.
+
+A shard is two files. `shard-00000.contexts.npy` (n, C) float16: the target's context (final-norm
+hidden state, then any `context_layers`) at the moment of choosing a token. `shard-00000.npz`:
+`tokens` (n,) int32, the token chosen in each of them; `starts` (rows + 1,) int64, where each answer
+begins; `temperatures` (rows,); `prompts` (rows,) text. The .npz is written last and under a
+temporary name, so a shard without it does not exist. A shard depends on nothing but the recipe, its
+index and the shards before it: an interrupted run continues where it stopped, with the same result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redrafter_mlx.files import new_file, read_json
+from redrafter_mlx.target import Target
+
+from .generate import Row, Written, write
+from .prompts import ChatFormat, Messages, PromptFilter, self_prompts, tokenise, user_text
+
+RECIPE = "recipe.json"
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the text is made. Kept beside the shards; a run with another recipe is refused."""
+
+    target: str
+    """Name of the target."""
+    context_layers: tuple[int, ...] = ()
+    rows: int = 96
+    """Answers written at once, and in a shard."""
+    max_tokens: int = 160
+    """Length of an answer at most."""
+    greedy: float = 0.6
+    """Share of answers at temperature 0; the others are drawn from `temperatures`."""
+    temperatures: tuple[float, ...] = (0.6, 0.8, 1.0)
+    seed: int = 0
+    prompts: str = "self"
+    """"self", or a fingerprint of the prompts given."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.greedy <= 1:
+            raise ValueError(f"greedy must be between 0 and 1, not {self.greedy}")
+        if not all(t > 0 for t in self.temperatures):
+            raise ValueError(f"temperatures must be positive, not {self.temperatures}")
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.npz"
+
+
+def contexts_path(shard: Path) -> Path:
+    return shard.with_suffix(".contexts.npy")
+
+
+def save_shard(
+    shard: Path, prompts: Sequence[str], temperatures: Sequence[float], answers: Sequence[Written]
+) -> int:
+    """Write one shard; returns its number of tokens."""
+    starts = np.cumsum([0, *(len(a.tokens) for a in answers)], dtype=np.int64)
+    contexts = np.stack([c for a in answers for c in a.contexts]).astype(np.float16)
+    with new_file(contexts_path(shard)) as path, path.open("wb") as file:
+        np.save(file, contexts)
+    with new_file(shard) as path, path.open("wb") as file:
+        np.savez(
+            file,
+            tokens=np.concatenate([a.tokens for a in answers]).astype(np.int32),
+            starts=starts,
+            temperatures=np.array(temperatures, dtype=np.float32),
+            prompts=np.array(list(prompts), dtype=np.str_),
+        )
+    return int(starts[-1])
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """The complete shards of a folder, in order."""
+    return sorted(p for p in folder.glob("shard-*.npz") if contexts_path(p).is_file())
+
+
+class Generator:
+    """Fills a folder with shards.
+
+    Args:
+        target: as it will be served; its `context_layers` are those of the recipe.
+        folder: where the shards are or will be.
+        excluded: prompts that must not be trained on.
+
+    Raises:
+        ValueError: the folder holds shards of another recipe; the target has no chat template.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        tokenizer: Any,
+        folder: Path,
+        recipe: Recipe,
+        excluded: Sequence[str] = (),
+    ) -> None:
+        self.target, self.tokenizer, self.folder, self.recipe = target, tokenizer, folder, recipe
+        self.filter = PromptFilter(excluded)
+        self.stop = frozenset(tokenizer.eos_token_ids)
+        if recipe.prompts == "self":
+            ChatFormat.of(tokenizer)
+        target.watch(recipe.context_layers)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_recipe()
+
+    def _check_recipe(self) -> None:
+        path = self.folder / RECIPE
+        mine = json.loads(json.dumps(asdict(self.recipe)))
+        if path.is_file():
+            theirs = read_json(path)
+            differing = [k for k in mine if mine[k] != theirs.get(k)]
+            if differing:
+                listed = ", ".join(f"{k} {theirs.get(k)!r} there, {mine[k]!r} now" for k in differing)
+                raise ValueError(f"{self.folder} holds data of another recipe: {listed}; use another folder")
+            return
+        with new_file(path) as part:
+            part.write_text(json.dumps(mine, indent=2) + "\n")
+
+    def run(self, num_answers: int, prompts: Sequence[Messages] = (), on_step: Progress | None = None) -> int:
+        """Write shards until there are `num_answers` answers (all of `prompts`, if given). Returns
+        their tokens."""
+        shards, rows, total = 0, self.recipe.rows, 0
+        texts = iter(prompts)
+        while num_answers > 0:
+            shard = shard_path(self.folder, shards)
+            rng = np.random.default_rng([self.recipe.seed, shards])
+            wanted = min(rows, num_answers)
+            if shard in list_shards(self.folder):
+                with np.load(shard) as data:
+                    done = list(data["prompts"])
+                    total += int(data["starts"][-1])
+                if prompts:
+                    self._take(texts, wanted)
+                else:
+                    for text in done:
+                        self.filter.accepts(str(text))
+            else:
+                batch = self._take(texts, wanted) if prompts else self._invent(wanted, rng)
+                if not batch:
+                    break
+                total += self._answer(shard, batch, rng, on_step)
+            shards, num_answers = shards + 1, num_answers - wanted
+        return total
+
+    def _take(self, prompts: Any, count: int) -> list[Messages]:
+        taken: list[Messages] = []
+        while len(taken) < count and (messages := next(prompts, None)) is not None:
+            if self.filter.accepts(user_text(messages)):
+                taken.append(messages)
+        return taken
+
+    def _invent(self, count: int, rng: np.random.Generator) -> list[Messages]:
+        """The target's own prompts; a few short of `count` where it repeats itself."""
+        texts: list[str] = []
+        for _ in range(4):
+            if len(texts) >= count:
+                break
+            asked = self_prompts(self.target, self.tokenizer, count + count // 4, rng)
+            for text in asked:  # unused ones are not remembered: a resumed run knows those written only
+                if len(texts) < count and self.filter.accepts(text):
+                    texts.append(text)
+        return [[{"role": "user", "content": text}] for text in texts]
+
+    def _answer(
+        self,
+        shard: Path,
+        batch: Sequence[Messages],
+        rng: np.random.Generator,
+        on_step: Progress | None,
+    ) -> int:
+        recipe = self.recipe
+        drawn = [
+            0.0 if rng.random() < recipe.greedy else float(rng.choice(recipe.temperatures)) for _ in batch
+        ]
+        rows = [
+            Row(tuple(tokenise(self.tokenizer, messages)), recipe.max_tokens, temperature)
+            for messages, temperature in zip(batch, drawn, strict=True)
+        ]
+        answers = write(self.target, rows, self.stop, rng, on_step=on_step)
+        return save_shard(shard, [user_text(m) for m in batch], drawn, answers)

@@ -1,0 +1,247 @@
+"""What the drafter is trained on: to guess, several tokens ahead, what the target would say.
+
+At a position j of a text the target has just chosen token a[j] (the root) from context c[j]. Depth
+i of the drafter is fed a[j] .. a[j+i] and guesses a[j+1+i]. Its teacher there is the target's own
+distribution, softmax(rows c[j+1+i]) over the drafter's vocabulary (soft targets), or the token
+itself (hard targets). All depths and positions are computed at once, teacher forced; logits exist
+for one block of rows at a time.
+
+Source: ReDrafter paper (arXiv 2403.09919) section 3.3, "local distillation"; the soft form is
+Hinton et al., 1503.02531.
+
+Letters: N windows, P positions in a window, K depths, T = P + K, C context size, H hidden size, V
+the drafter's vocabulary, M rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from redrafter_mlx.device import on_gpu
+from redrafter_mlx.drafter import Embed, RecurrentDrafter
+
+LOGIT_BYTES = 64 << 20
+"""Size of a block of logits at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Windows of consecutive positions, with the K positions after them as teachers."""
+
+    contexts: mx.array
+    """(N, T, C)"""
+    tokens: mx.array
+    """(N, T) int32, target ids; tokens[n, t] was chosen in contexts[n, t]"""
+    left: mx.array
+    """(N, P) int32: how many further tokens the text has after this one; limits the depths that
+    count"""
+    weight_sum: mx.array | None = None
+    """Scalar that the weights of all guesses are divided by; None: their own sum"""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is summed up."""
+
+    depths: int = 4
+    """K = L - 1: tokens guessed at every position"""
+    soft: float = 1.0
+    """Weight of the target's distribution; the rest is on the token itself."""
+    decay: float = 0.8
+    """Weight of a depth relative to the one before: a later guess counts only where the earlier
+    ones held."""
+
+    def __post_init__(self) -> None:
+        if self.depths < 1:
+            raise ValueError(f"depths must be at least 1, not {self.depths}")
+        if not 0 <= self.soft <= 1:
+            raise ValueError(f"soft must be between 0 and 1, not {self.soft}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], not {self.decay}")
+
+    def weights(self, batch: Batch) -> mx.array:
+        """(K, N, P): weight of every guess; they sum to 1, or to 0 where none counts."""
+        weights = self._raw_weights(batch)
+        total = weights.sum() if batch.weight_sum is None else batch.weight_sum
+        return weights / mx.maximum(total, 1e-6)
+
+    def share(self, batch: Batch, rank: int, size: int) -> Batch:
+        """One process' windows of `size` processes; the mean of their losses is the batch's."""
+        own = slice(rank, None, size)
+        total = self._raw_weights(batch).sum() / size
+        return Batch(batch.contexts[own], batch.tokens[own], batch.left[own], total)
+
+    def _raw_weights(self, batch: Batch) -> mx.array:
+        depth = mx.arange(self.depths)[:, None, None]
+        return mx.where(batch.left[None] > depth, self.decay ** depth.astype(mx.float32), 0.0)
+
+
+def exponential(x: mx.array) -> mx.array:
+    """exp(x). As a power of two on the CPU, where MLX computes that twice as fast."""
+    return mx.exp(x) if on_gpu() else mx.power(2.0, x * 1.4426950408889634)
+
+
+def depth_features(drafter: RecurrentDrafter, batch: Batch, embed: Embed, depths: int) -> list[mx.array]:
+    """The drafter's features at every position and depth, teacher forced: K arrays (N, P, X or H).
+
+    The numbers of `drafter.features(...)` on `drafter.states(...)`, but what depends only on the
+    context or on one token is computed once and not at every depth.
+    """
+    size, config = batch.left.shape[1], drafter.config
+    embeddings = embed(batch.tokens[:, : size + depths - 1])
+    inputs = drafter.rnn_w(embeddings) if config.rnn else embeddings
+    prepared = drafter.prepare(batch.contexts[:, :size])
+    state, out = None, []
+    for depth in range(depths):
+        x = inputs[:, depth : depth + size]
+        if not config.rnn:
+            state = x if state is None else x + state
+        elif config.activation == "linear":
+            state = x if state is None else x + drafter.rnn_u(state)
+        else:
+            state = nn.silu(x + (drafter.rnn_u.bias if state is None else drafter.rnn_u(state)))
+        out.append(drafter.features(prepared, state))
+    return out
+
+
+def _softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """(M, V) -> probabilities (M, V) and log of the normaliser (M, 1)."""
+    top = logits.max(axis=-1, keepdims=True)
+    powers = exponential(logits - top)
+    total = powers.sum(axis=-1, keepdims=True)
+    return powers / total, top + mx.log(total)
+
+
+def teacher_probs(contexts: mx.array, rows: mx.array) -> mx.array:
+    """The target's distribution over the drafter's vocabulary. (..., C or H), rows (V, H) -> (...,
+    V)."""
+    return _softmax(contexts[..., : rows.shape[1]] @ rows.T)[0]
+
+
+def _blocks(
+    features: mx.array, matrix: mx.array, probs: mx.array, weights: mx.array
+) -> Iterator[tuple[slice, mx.array, mx.array]]:
+    """Loss and its gradient by the logits (m, V), one block of rows after another."""
+    block = max(1, LOGIT_BYTES // (4 * matrix.shape[0]))
+    for begin in range(0, features.shape[0], block):
+        part = slice(begin, begin + block)
+        logits = features[part] @ matrix.T
+        guess, normaliser = _softmax(logits)
+        mass = probs[part].sum(axis=-1, keepdims=True)
+        entropies = mass * normaliser - (probs[part] * logits).sum(axis=-1, keepdims=True)
+        loss = (entropies[:, 0] * weights[part]).sum()
+        yield part, loss, (guess * mass - probs[part]) * weights[part, None]
+
+
+def _frozen_head(
+    features: mx.array, matrix: mx.array, probs: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Sum of weighted cross-entropies, without ever holding more than a block of logits; `matrix`
+    is frozen.
+
+    Args:
+        features: (M, H or X).
+        matrix: (V, H or X), so that features @ matrix.T are the logits.
+        probs: (M, V) target distributions; a row may sum to less than 1 (to 0: no target).
+        weights: (M,).
+
+    Returns:
+        the loss, and its gradient by `features`: it costs less here, where the probabilities are at
+        hand, than computed again on the way back.
+    """
+    losses, gradients = [], []
+    for _, loss, error in _blocks(features, matrix, probs, weights):
+        losses.append(loss)
+        gradients.append(error @ matrix)
+    return mx.stack(losses).sum(), mx.concatenate(gradients)
+
+
+def _frozen_head_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    return (cotangents[0] * outputs[1], *(mx.zeros_like(primal) for primal in primals[1:]))
+
+
+def _trained_head(
+    features: mx.array, matrix: mx.array, probs: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """As `_frozen_head`, for a `matrix` that is trained too; the third value is the gradient by
+    it."""
+    losses, gradients, by_matrix = [], [], mx.zeros_like(matrix)
+    for part, loss, error in _blocks(features, matrix, probs, weights):
+        losses.append(loss)
+        gradients.append(error @ matrix)
+        by_matrix = by_matrix + error.T @ features[part]
+    return mx.stack(losses).sum(), mx.concatenate(gradients), by_matrix
+
+
+def _trained_head_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    scale = cotangents[0]
+    return (scale * outputs[1], scale * outputs[2], *(mx.zeros_like(p) for p in primals[2:]))
+
+
+HeadLoss = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, ...]]
+
+
+def _with_vjp(function: HeadLoss, vjp: Callable[..., tuple[mx.array, ...]]) -> HeadLoss:
+    custom = mx.custom_function(function)
+    custom.vjp(vjp)
+    return cast(HeadLoss, custom)
+
+
+cross_entropy = _with_vjp(_frozen_head, _frozen_head_vjp)
+cross_entropy_of_head = _with_vjp(_trained_head, _trained_head_vjp)
+
+
+def batch_loss(
+    drafter: RecurrentDrafter, batch: Batch, embed: Embed, rows: mx.array, objective: Objective
+) -> mx.array:
+    """The loss of a batch, a scalar. rows: (V, H) of the target's output embedding for the
+    drafter's vocabulary."""
+    size, ids = batch.left.shape[1], drafter.target_ids()
+    soft = teacher_probs(batch.contexts[:, 1:], rows) if objective.soft > 0 else None  # (N, T - 1, V)
+    factored = drafter.config.head == "factored"
+    matrix = rows if factored else drafter.lm_head[-1].weight
+    head_loss = cross_entropy if factored else cross_entropy_of_head
+    weights = objective.weights(batch)
+    loss = mx.array(0.0)
+    for depth, features in enumerate(depth_features(drafter, batch, embed, objective.depths)):
+        ahead = slice(depth, depth + size)
+        probs = (
+            mx.zeros((*features.shape[:2], matrix.shape[0]))
+            if soft is None
+            else objective.soft * soft[:, ahead]
+        )
+        if objective.soft < 1:
+            tokens = batch.tokens[:, 1:][:, ahead, None]
+            vocabulary = mx.arange(matrix.shape[0]) if ids is None else ids
+            probs = probs + (1 - objective.soft) * (tokens == vocabulary)
+        outputs = head_loss(
+            features.reshape(-1, features.shape[-1]),
+            matrix,
+            probs.reshape(-1, matrix.shape[0]),
+            weights[depth].reshape(-1),
+        )
+        loss = loss + outputs[0]
+    return loss
+
+
+def matches(drafter: RecurrentDrafter, batch: Batch, embed: Embed, rows: mx.array, depths: int) -> mx.array:
+    """Whether the drafter's best guess is the token that followed, and all its guesses before. (K,
+    N, P) bool."""
+    size, ids = batch.left.shape[1], drafter.target_ids()
+    matrix = rows if drafter.config.head == "factored" else drafter.lm_head[-1].weight
+    kept, out = mx.ones(batch.left.shape, dtype=mx.bool_), []
+    for depth, features in enumerate(depth_features(drafter, batch, embed, depths)):
+        best = mx.argmax(features @ matrix.T, axis=-1)
+        best = best if ids is None else ids[best]
+        kept = kept & (best == batch.tokens[:, 1 + depth : 1 + depth + size]) & (batch.left > depth)
+        out.append(kept)
+    return mx.stack(out)

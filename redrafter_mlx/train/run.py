@@ -1,0 +1,226 @@
+"""From a target to a finished drafter: write the data, train, export. What `redrafter train`
+does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from redrafter_mlx.drafter import (
+    DrafterConfig,
+    RecurrentDrafter,
+    load_drafter,
+    quantize_drafter,
+    save_drafter,
+    with_config,
+)
+from redrafter_mlx.target import Target
+
+from .corpus import Corpus
+from .data import Generator, Recipe
+from .prompts import Messages, read_excluded, read_prompts
+from .trainer import Progress, Settings, Trainer, acceptance, new_drafter
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Shape of a drafter; see `DrafterConfig`."""
+
+    exit_dim: int | None = None
+    """None: see `default_exit_dim`."""
+    num_draft_layers: int = 2
+    head: str = "factored"
+    draft_vocab_size: int | None = 6144
+    """Commonest tokens of the text; None or more than the target knows: all of them."""
+    rnn: bool = True
+
+    def config(self, target: Target) -> DrafterConfig:
+        """The config of a new drafter for `target` with the context layers it watches."""
+        size = target.hidden_size
+        vocab = self.draft_vocab_size
+        return DrafterConfig(
+            vocab_size=target.vocab_size,
+            hidden_size=size,
+            exit_dim=self.exit_dim or default_exit_dim(size),
+            num_draft_layers=self.num_draft_layers,
+            rnn=self.rnn,
+            head=self.head,
+            draft_vocab_size=vocab if vocab is not None and vocab < target.vocab_size else None,
+            context_layers=target.context_layers,
+            embedding_scale=target.embedding_scale,
+            target={
+                "name": target.name,
+                "hidden_size": size,
+                "vocab_size": target.vocab_size,
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Everything that one training run is made of."""
+
+    out: Path
+    """Folder of the drafter, its checkpoints and, under `data`, its text."""
+    prompts: Path | None = None
+    """File or folder of prompts; None: the target writes its own."""
+    num_answers: int = 1000
+    """Answers to write; with `prompts`, at most."""
+    exclude: Path | None = None
+    """Prompts never to be trained on: a benchmark's."""
+    context_layers: tuple[int, ...] | None = None
+    """None: three, low, middle and high."""
+    rows: int = 96
+    max_tokens: int = 160
+    data_seed: int = 0
+    start_from: Path | None = None
+    """A drafter of this target to go on from, its shape and vocabulary included; None: a new one."""
+    shape: Shape = field(default_factory=Shape)
+    settings: Settings = field(default_factory=Settings)
+
+
+def default_exit_dim(hidden_size: int) -> int:
+    """A multiple of 64 near 4/3 of the hidden size; the hidden size itself for large targets.
+
+    A drafter's cost grows with the square of its width, and it runs L - 1 times in a step: this
+    keeps what it reads under a tenth of what a target of 7 billion weights reads.
+    """
+    width = hidden_size if hidden_size >= 2048 else 4 * hidden_size // 3
+    return max(64, width // 64 * 64)
+
+
+def weights_per_step(config: DrafterConfig, length: int) -> int:
+    """Weights a drafter reads in a decode step with beams of `length` tokens, root included."""
+    size, exit_dim = config.hidden_size, config.exit_dim
+    level = config.num_draft_layers * exit_dim**2
+    if config.rnn:
+        level += 2 * size**2
+    has_projection = exit_dim != config.context_size + size
+    level += exit_dim * size if has_projection else 0
+    if config.head == "factored":
+        level += exit_dim * size + config.draft_vocab * size
+    else:
+        level += config.draft_vocab * exit_dim
+    return (length - 1) * level + (exit_dim * config.context_size if has_projection else 0)
+
+
+def default_context_layers(num_layers: int) -> tuple[int, ...]:
+    """A low, a middle and a high layer, as EAGLE-3 (arXiv 2503.01840) takes them."""
+    return tuple(sorted({num_layers // 5, max(0, num_layers // 2 - 1), 3 * num_layers // 4}))
+
+
+def write_data(
+    target: Target, tokenizer: Any, request: Request, on_step: Callable[[int], None] | None = None
+) -> int:
+    """Write (or finish writing) the text of a run; returns its number of tokens.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_prompts` and `Generator`.
+    """
+    if request.num_answers < 1:
+        raise ValueError(f"the number of answers must be at least 1, not {request.num_answers}")
+    prompts = read_prompts(request.prompts) if request.prompts else []
+    excluded = read_excluded(request.exclude) if request.exclude else []
+    layers = request.context_layers
+    if layers is None:
+        layers = default_context_layers(len(target.model.layers))
+    recipe = Recipe(
+        target.name,
+        layers,
+        rows=request.rows,
+        max_tokens=request.max_tokens,
+        seed=request.data_seed,
+        prompts=_fingerprint(prompts) if prompts else "self",
+    )
+    generator = Generator(target, tokenizer, request.out / "data", recipe, excluded)
+    return generator.run(request.num_answers, prompts, on_step)
+
+
+def _fingerprint(prompts: list[Messages]) -> str:
+    return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_trainer(target: Target, request: Request) -> Trainer:
+    """The trainer for a run whose text is written."""
+    corpus = Corpus([request.out / "data"])
+    if request.start_from is None:
+        drafter = new_drafter(request.shape.config(target), target, corpus, request.settings.seed)
+    else:
+        drafter = load_drafter(request.start_from, mx.float32).bind(target)
+        if drafter.config.quantization:
+            raise ValueError(f"{request.start_from} is quantised: go on from what it was made of")
+        drafter.freeze(keys=["d2t"], recurse=False)
+    return Trainer(drafter, target, corpus, request.out, request.settings)
+
+
+def train_drafter(
+    target: Target,
+    tokenizer: Any,
+    request: Request,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> float:
+    """Do all of it; an interrupted call, made again, continues. Returns held-out tokens per
+    step."""
+    write_data(target, tokenizer, request)
+    return make_trainer(target, request).run(on_progress)
+
+
+def half(drafter: RecurrentDrafter) -> RecurrentDrafter:
+    """The drafter's weights as float16, in place: half the file, and no token per step lost."""
+    drafter.update(
+        tree_map(lambda a: a.astype(mx.float16) if a.dtype == mx.float32 else a, drafter.parameters())
+    )
+    return drafter
+
+
+def file_bytes(drafter: RecurrentDrafter) -> int:
+    """Size of its weights."""
+    return sum(a.nbytes for a in dict(tree_flatten(drafter.parameters())).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What an exported drafter is worth: held-out tokens per step, before and after."""
+
+    before: float
+    after: float
+    bytes: int
+
+
+def export(source: Path, out: Path, target: Target, corpus: Corpus, bits: int | None) -> Export:
+    """Write the drafter of `source` for shipping, as float16 or quantised, and measure what that
+    cost.
+
+    Args:
+        bits: 4 or 8; None for float16.
+    """
+    if bits not in (None, 4, 8):
+        raise ValueError(f"bits must be 4 or 8, not {bits}")
+    drafter = load_drafter(source, mx.float32).bind(target)
+    depths = int(drafter.config.training.get("objective", {}).get("depths", 4))
+    settings = Settings()
+    rows = target.output_rows(drafter.target_ids()).astype(mx.float32)
+
+    def score() -> float:
+        batches = corpus.held_out(settings.shape, settings.validation_positions)
+        return 1 + sum(acceptance(drafter, target, rows, batches, depths)[0])
+
+    before = score()
+    if bits is None:
+        half(drafter)
+    else:
+        group_size = 64 if np.gcd(drafter.config.hidden_size, drafter.config.exit_dim) % 64 == 0 else 32
+        quantize_drafter(drafter, bits, group_size)
+        with_config(drafter, quantization={"bits": bits, "group_size": group_size})
+    after = score()
+    cards = [("README.md", (source / "README.md").read_text())]
+    save_drafter(drafter, out, cards if (source / "README.md").is_file() else [])
+    return Export(before, after, file_bytes(drafter))

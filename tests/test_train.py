@@ -1,0 +1,474 @@
+"""The objective and the trainer, on a tiny random target."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter, load_drafter, save_drafter
+from redrafter_mlx.target import Target
+from redrafter_mlx.train.corpus import Corpus, WindowShape
+from redrafter_mlx.train.data import save_shard, shard_path
+from redrafter_mlx.train.generate import Written
+from redrafter_mlx.train.loss import (
+    Batch,
+    Objective,
+    batch_loss,
+    cross_entropy,
+    cross_entropy_of_head,
+    depth_features,
+    matches,
+)
+from redrafter_mlx.train.prompts import is_held_out
+from redrafter_mlx.train.run import (
+    Request,
+    Shape,
+    default_exit_dim,
+    export,
+    make_trainer,
+    weights_per_step,
+)
+from redrafter_mlx.train.scaling import Scaling
+from redrafter_mlx.train.trainer import METRICS, Settings, Trainer, acceptance, new_drafter
+
+from .toy import HIDDEN, VOCAB, make_drafter, make_target
+
+# isort: split
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+LAYERS = (0, 2)
+SETTINGS = Settings(
+    epochs=2,
+    windows=4,
+    window=8,
+    validate_every=5,
+    objective=Objective(depths=3),
+    learning_rate=3e-3,
+)
+
+
+def write_corpus(folder: Path, target: Target, answers: int = 60, length: int = 24) -> Path:
+    """Greedy continuations of random prompts, without the generator: the corpus is then known
+    exactly."""
+    rng = np.random.default_rng(0)
+    tokens = mx.array(rng.integers(3, VOCAB, (answers, 4)))
+    for _ in range(length):
+        following = mx.argmax(target.model(tokens)[:, -1], axis=-1)[:, None]
+        tokens = mx.concatenate([tokens, following], axis=1)
+    contexts = np.array(target.contexts(tokens).astype(mx.float32))
+    written = [
+        Written(row[4:].tolist(), list(context[3:-1]))
+        for row, context in zip(np.array(tokens), contexts, strict=True)
+    ]
+    for index in range(2):
+        half = slice(index, None, 2)
+        prompts = [f"prompt {i}" for i in range(answers)][half]
+        save_shard(shard_path(folder, index), prompts, [0.0] * len(prompts), written[half])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    made = make_target()
+    made.watch(LAYERS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("data"), target)
+
+
+def config(**changes: Any) -> DrafterConfig:
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "exit_dim": 64, "num_draft_layers": 1,
+        "head": "factored",
+        "draft_vocab_size": 40, "context_layers": LAYERS, **changes,
+    }  # fmt: skip
+    return DrafterConfig(**values)
+
+
+def trainer(target: Target, data: Path, out: Path, **changes: Any) -> Trainer:
+    corpus = Corpus([data])
+    settings = replace(SETTINGS, **changes)
+    return Trainer(new_drafter(config(), target, corpus, 0), target, corpus, out, settings)
+
+
+def a_batch(data: Path, depths: int = 3) -> Batch:
+    return next(Corpus([data]).epoch(0, 0, WindowShape(3, 8, depths)))
+
+
+# --- objective ---------------------------------------------------------------------------------
+
+
+def test_cross_entropy_by_hand() -> None:
+    """Two rows over three tokens; logits ln 1, ln 2, ln 5 and ln 4, ln 4, ln 8."""
+    features = mx.array([[0.0, math.log(2), math.log(5)], [math.log(4), math.log(4), math.log(8)]])
+    probs = mx.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    loss, gradient = cross_entropy(features, mx.eye(3), probs, mx.array([1.0, 2.0]))
+    # row 1: -(ln 1/8 + ln 2/8) / 2 = 1.732868; row 2: -ln 8/16 = 0.693147, twice
+    assert loss.item() == pytest.approx(1.732868 + 2 * 0.693147, abs=1e-5)
+    want = [[1 / 8 - 0.5, 2 / 8 - 0.5, 5 / 8], [2 * 4 / 16, 2 * 4 / 16, 2 * (8 / 16 - 1)]]
+    np.testing.assert_allclose(np.array(gradient), np.array(want), atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1 << 20, 4 * 9 * 2])
+def test_gradients_are_those_of_the_plain_formula(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("redrafter_mlx.train.loss.LOGIT_BYTES", block)  # one block, or two rows each
+    mx.random.seed(0)
+    features, matrix = mx.random.normal((5, 4)), mx.random.normal((9, 4))
+    probs = mx.softmax(mx.random.normal((5, 9)), axis=-1) * mx.array([[1.0], [1], [0.5], [0], [1]])
+    weights = mx.array([0.1, 0.3, 0.2, 0.2, 0.0])
+
+    def plain(x: mx.array, m: mx.array) -> mx.array:
+        logits = x @ m.T
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return -(weights * (probs * logprobs).sum(axis=-1)).sum()
+
+    def blocked(x: mx.array, m: mx.array) -> mx.array:
+        return 3 * cross_entropy_of_head(x, m, probs, weights)[0]
+
+    want = mx.grad(plain, argnums=(0, 1))(features, matrix)
+    got = mx.grad(blocked, argnums=(0, 1))(features, matrix)
+    frozen = mx.grad(lambda x: 3 * cross_entropy(x, matrix, probs, weights)[0])(features)
+    for mine, theirs in zip((*got, frozen), (*want, want[0]), strict=True):
+        np.testing.assert_allclose(np.array(mine), 3 * np.array(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rnn": False},
+        {"activation": "linear"},
+        {"head": "full"},
+        {"exit_dim": 4 * HIDDEN},  # no input_proj
+        {"num_draft_layers": 0},
+    ],
+)
+def test_training_computes_what_drafting_computes(
+    target: Target, data: Path, changes: dict[str, Any]
+) -> None:
+    batch = a_batch(data)
+    drafter = RecurrentDrafter(config(**changes)).bind(target)
+    got = depth_features(drafter, batch, target.embed, 3)
+    for position in (0, 5):
+        hidden = batch.contexts[:, position]
+        tokens = batch.tokens[:, position : position + 3]
+        want = drafter.logits(hidden, tokens, target.embed)
+        for depth in range(3):
+            mine = drafter.head(got[depth][:, position])
+            np.testing.assert_allclose(np.array(mine), np.array(want[:, depth]), atol=1e-4)
+
+
+def test_depths_past_the_end_of_a_text_do_not_count() -> None:
+    batch = Batch(mx.zeros((1, 5, 4)), mx.zeros((1, 5), dtype=mx.int32), mx.array([[3, 1, 0]]))
+    weights = Objective(depths=2, decay=0.5).weights(batch)
+    # depth 0 counts where a token follows, depth 1 where two do; 1 + 1 + 0.5 in all
+    np.testing.assert_allclose(np.array(weights[:, 0]), np.array([[1, 1, 0], [0.5, 0, 0]]) / 2.5)
+
+
+def test_soft_targets_are_the_targets_distribution(target: Target, data: Path) -> None:
+    """A drafter cannot do better than the entropy of what it imitates; hard targets are the token
+    itself."""
+    batch = a_batch(data)
+    drafter = RecurrentDrafter(config(draft_vocab_size=None)).bind(target)
+    rows = target.output_rows()
+    losses = {
+        soft: batch_loss(drafter, batch, target.embed, rows, Objective(depths=1, soft=soft)).item()
+        for soft in (0.0, 0.25, 1.0)
+    }
+    features = depth_features(drafter, batch, target.embed, 1)[0]
+    logits = features @ rows.T
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    probs = mx.softmax(batch.contexts[:, 1:9, :HIDDEN] @ rows.T, axis=-1)
+    counted = batch.left > 0
+    soft = -((probs * logprobs).sum(axis=-1) * counted).sum() / counted.sum()
+    token_logprobs = mx.take_along_axis(logprobs, batch.tokens[:, 1:9, None], axis=-1)[..., 0]
+    hard = -(token_logprobs * counted).sum() / counted.sum()
+    assert losses[1.0] == pytest.approx(soft.item(), rel=1e-4)
+    assert losses[0.0] == pytest.approx(hard.item(), rel=1e-4)
+    assert losses[0.25] == pytest.approx(0.25 * soft.item() + 0.75 * hard.item(), rel=1e-4)
+
+
+def test_a_match_needs_all_matches_before_it(target: Target, data: Path) -> None:
+    batch = a_batch(data)
+    drafter = new_drafter(config(), target, Corpus([data]))
+    rows = target.output_rows(drafter.target_ids())
+    kept = np.array(matches(drafter, batch, target.embed, rows, 3))
+    for position in range(8):
+        logits = drafter.logits(
+            batch.contexts[:, position], batch.tokens[:, position : position + 3], target.embed
+        )
+        ids = drafter.target_ids()
+        assert ids is not None
+        guesses = np.array(ids[mx.argmax(logits, axis=-1)])
+        follow = np.array(batch.tokens[:, position + 1 : position + 4])
+        left = np.array(batch.left[:, position])
+        for window in range(3):
+            right = [guesses[window, k] == follow[window, k] and left[window] > k for k in range(3)]
+            assert kept[:, window, position].tolist() == [all(right[: k + 1]) for k in range(3)]
+
+
+# --- corpus ------------------------------------------------------------------------------------
+
+
+def test_an_epoch_covers_the_training_text_once(data: Path) -> None:
+    corpus = Corpus([data])
+    held = sum(is_held_out(f"prompt {i}", 20) for i in range(60))
+    assert 0 < held < 10
+    assert corpus.num_positions == (60 - held) * 24
+    shape = WindowShape(2, 8, 3)
+    seen = [batch for batch in corpus.epoch(1, 0, shape)]
+    assert len(seen) == corpus.num_batches(shape)
+    again = [batch for batch in corpus.epoch(1, 0, shape, skip=2)]
+    assert mx.array_equal(seen[2].contexts, again[0].contexts)
+    assert not mx.array_equal(seen[0].tokens, next(corpus.epoch(2, 0, shape)).tokens)
+
+
+def test_windows_know_where_texts_end(target: Target, data: Path) -> None:
+    """Where `left` lets a depth count, the token there follows in the same text."""
+    rows = target.output_rows()
+    for batch in Corpus([data], limit=100).epoch(0, 3, WindowShape(2, 8, 3)):
+        chosen = np.array(mx.argmax(batch.contexts[..., :HIDDEN] @ rows.T, axis=-1))
+        tokens, left = np.array(batch.tokens), np.array(batch.left)
+        for window in range(2):
+            for position in range(8):
+                for ahead in range(min(3, left[window, position]) + 1):
+                    at = position + ahead
+                    assert chosen[window, at] == tokens[window, at]  # greedy: context chose token
+
+
+def test_the_draft_vocabulary_is_the_commonest_tokens(target: Target, data: Path) -> None:
+    corpus = Corpus([data])
+    counts = corpus.token_counts(VOCAB)
+    ids = new_drafter(config(draft_vocab_size=10), target, corpus).target_ids()
+    assert ids is not None
+    order = np.array(ids)
+    assert (np.diff(counts[order]) <= 0).all()
+    assert counts[order].sum() == np.sort(counts)[-10:].sum()
+
+
+def test_corpus_errors(tmp_path: Path, target: Target) -> None:
+    with pytest.raises(ValueError, match="no complete shard"):
+        Corpus([tmp_path])
+    write_corpus(tmp_path, target, 4)
+    save_shard(shard_path(tmp_path, 7), ["p"], [0.0], [Written([1, 2], [np.zeros(5)] * 2)])
+    with pytest.raises(ValueError, match=r"one size, but have \[5, 96\]"):
+        Corpus([tmp_path])
+
+
+# --- trainer -----------------------------------------------------------------------------------
+
+
+def test_scaling_folds_away_exactly(target: Target, data: Path) -> None:
+    corpus = Corpus([data])
+    scaling = Scaling.of(corpus, target)
+    drafter = new_drafter(config(), target, corpus)
+    weights = scaling.unfold(drafter.trainable_parameters())
+    folded = dict(tree_flatten(scaling.fold(weights)))
+    for name, theirs in dict(tree_flatten(drafter.trainable_parameters())).items():
+        np.testing.assert_allclose(np.array(folded[name]), np.array(theirs), atol=1e-5, err_msg=name)
+    # the optimizer's weights act on standardised inputs
+    batch = a_batch(data)
+    context = batch.contexts[:, 0]
+    inner = weights["input_proj"]
+    standard = (context - scaling.mean) / scaling.deviation
+    size = drafter.config.context_size
+    got = standard @ inner["weight"][:, :size].T + inner["bias"]
+    want = context @ drafter.input_proj.weight[:, :size].T + drafter.input_proj.bias
+    np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-3)
+
+
+def test_training_learns(target: Target, data: Path, tmp_path: Path) -> None:
+    made = trainer(target, data, tmp_path, epochs=30, validate_every=100)
+
+    def on_training_text() -> float:
+        batches = made.corpus.epoch(0, 9, SETTINGS.shape)
+        return acceptance(made.drafter, target, made.rows, batches, 3)[0][0]
+
+    before = on_training_text()
+    best = made.run()
+    assert on_training_text() > before + 0.15
+    records = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert records[-1]["loss"] < records[1]["loss"] - 0.3  # the rest is the target's own entropy
+    assert best == max(record["tokens_per_step"] for record in records)
+    loaded = load_drafter(tmp_path)
+    assert loaded.config.context_layers == LAYERS
+    assert f"{best:.3f} tokens per step" in (tmp_path / "README.md").read_text()
+    done = export(tmp_path, tmp_path / "half", target, made.corpus, None)
+    assert done.before == pytest.approx(best) and abs(done.after - done.before) < 0.05
+    assert load_drafter(tmp_path / "half").rnn_w.weight.dtype == mx.float16
+    packed = export(tmp_path, tmp_path / "packed", target, made.corpus, 8)
+    assert packed.bytes < done.bytes and abs(packed.after - packed.before) < 0.2
+    with pytest.raises(ValueError, match="bits must be 4 or 8, not 3"):
+        export(tmp_path, tmp_path / "odd", target, made.corpus, 3)
+
+
+def test_a_run_can_go_on_from_a_drafter(target: Target, data: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    trainer(target, data, first, epochs=20).run()
+    second.mkdir()
+    (second / "data").symlink_to(data)
+    request = Request(second, start_from=first, settings=replace(SETTINGS, epochs=1, learning_rate=1e-5))
+    made = make_trainer(target, request)
+    made.run()
+    records = [json.loads(line) for line in (second / METRICS).read_text().splitlines()]
+    last = json.loads((first / METRICS).read_text().splitlines()[-1])
+    assert abs(records[0]["tokens_per_step"] - last["tokens_per_step"]) < 0.2
+    earlier = load_drafter(second).config.training["earlier"]
+    assert [run["epochs"] for run in earlier] == [20]
+    assert "| before that, run 1 |" in (second / "README.md").read_text()
+    with pytest.raises(ValueError, match="does not fit the target"):
+        make_trainer(make_target("qwen2"), replace(request, start_from=other_drafter(tmp_path)))
+
+
+def other_drafter(folder: Path) -> Path:
+    config_ = config(vocab_size=VOCAB + 1, draft_vocab_size=None, head="full")
+    save_drafter(RecurrentDrafter(config_), folder / "other")
+    return folder / "other"
+
+
+def final_weights(folder: Path) -> dict[str, np.ndarray]:
+    arrays = mx.load(str(folder / "last.safetensors"))
+    assert isinstance(arrays, dict)
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    mine, theirs = final_weights(one), final_weights(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        # Not bit for bit: MKL rounds by memory alignment, which two runs do not share.
+        # A lost moment, step or batch moves weights by about the learning rate, 3e-3.
+        np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5, rtol=1e-4, err_msg=name)
+
+
+def test_a_stopped_run_continues_to_the_same_weights(target: Target, data: Path, tmp_path: Path) -> None:
+    trainer(target, data, tmp_path / "whole").run()
+    for steps in (7, 13, 1000):  # 7 and 13 lie between checkpoints: what came after them is redone
+        trainer(target, data, tmp_path / "cut").run(stop_after=steps)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.test_train import LAYERS, trainer
+from tests.toy import make_target
+target = make_target()
+target.watch(LAYERS)
+trainer(target, Path(sys.argv[1]), Path(sys.argv[2])).run(lambda p: print(p.step, flush=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_killed_process_leaves_a_run_that_continues(target: Target, data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(data), str(tmp_path / "cut")]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) >= 8:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    trainer(target, data, tmp_path / "cut").run()
+    trainer(target, data, tmp_path / "whole").run()
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    target: Target, data: Path, tmp_path: Path
+) -> None:
+    made = trainer(target, data, tmp_path)
+    made.run(stop_after=5)
+    before = final_weights(tmp_path)
+    made = trainer(target, data, tmp_path)
+    made.rows = made.rows * math.nan
+    with pytest.raises(ValueError, match="the loss became nan at step 5"):
+        made.run()
+    for name, array in final_weights(tmp_path).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_other_settings_or_data_are_refused(target: Target, data: Path, tmp_path: Path) -> None:
+    trainer(target, data, tmp_path).run(stop_after=5)
+    with pytest.raises(ValueError, match="written with other settings"):
+        trainer(target, data, tmp_path, seed=1).run()
+    plain = RecurrentDrafter(config(context_layers=()))
+    with pytest.raises(ValueError, match="contexts of size 96, the drafter needs 32"):
+        Trainer(plain.bind(target), target, Corpus([data]), tmp_path, SETTINGS)
+
+
+def test_early_stopping(target: Target, data: Path, tmp_path: Path) -> None:
+    made = trainer(target, data, tmp_path, epochs=50, learning_rate=1e-9, patience=2)
+    made.run()
+    assert made.step == 10  # nothing improves on step 0: two validations of 5 steps
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Objective(depths=0), "depths must be at least 1, not 0"),
+        (lambda: Objective(soft=2.0), "soft must be between 0 and 1, not 2.0"),
+        (lambda: Objective(decay=0.0), r"decay must be in \(0, 1\], not 0.0"),
+        (lambda: Settings(epochs=0), "epochs must be positive, not 0"),
+        (lambda: Settings(warmup=1.0), r"warmup must be in \[0, 1\), not 1.0"),
+    ],
+)
+def test_bad_settings(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_estimate_is_stated(target: Target, data: Path, tmp_path: Path) -> None:
+    text = trainer(target, data, tmp_path).estimate()
+    assert f"{Corpus([data]).num_positions} positions" in text and "GB" in text and "min at" in text
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "vocab_size", "billions"),
+    [(4096, 32000, 6.74), (4096, 128256, 8.03), (3584, 152064, 7.62)],
+    ids=["vicuna-7b", "llama-3.1-8b", "qwen2.5-7b"],
+)
+def test_a_drafter_reads_under_a_tenth_of_a_7b_target(
+    hidden_size: int, vocab_size: int, billions: float
+) -> None:
+    made = config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        exit_dim=default_exit_dim(hidden_size),
+        num_draft_layers=Shape().num_draft_layers,
+        draft_vocab_size=Shape().draft_vocab_size,
+        context_layers=(6, 14, 22),
+    )
+    assert weights_per_step(made, 5) < 0.1 * billions * 1e9
+
+
+def test_weights_per_step_are_those_of_the_arrays(target: Target) -> None:
+    """L = 2: one level, so everything is read once; biases apart."""
+    for changes in ({}, {"rnn": False}, {"head": "full"}, {"exit_dim": 4 * HIDDEN}):
+        drafter = RecurrentDrafter(config(**changes))
+        arrays = dict(tree_flatten(drafter.trainable_parameters()))
+        own = sum(array.size for array in arrays.values() if array.ndim == 2)
+        rows = 40 * HIDDEN if drafter.config.head == "factored" else 0
+        assert weights_per_step(drafter.config, 2) == own + rows
+
+
+def test_a_random_drafter_of_another_target_does_not_fit(target: Target, data: Path) -> None:
+    other = make_drafter(make_target("qwen2"))
+    assert other.config.context_size != Corpus([data]).context_size

@@ -1,0 +1,131 @@
+"""`redrafter train` from its options to a finished folder, on a tiny model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apps.cli import main
+
+from .toy import HIDDEN, VOCAB, make_model
+
+# isort: split
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = (
+    "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 64 words with a chat template; w2 ends a turn."""
+    path = tmp_path_factory.mktemp("target")
+    model = make_model("llama")
+    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    config = {
+        "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": 3, "intermediate_size": 48,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": VOCAB,
+        "max_position_embeddings": 512, "tie_word_embeddings": False, "eos_token_id": 2,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def arguments(folder: Path, out: Path) -> list[str]:
+    options = "--self-prompt 48 --rows 12 --max-tokens 24 --epochs 40 --validate-every 10 --draft-vocab 40"
+    return ["train", "--model", str(folder), "--out", str(out), *options.split()]
+
+
+def run_until(command: list[str], reached: Callable[[], bool]) -> None:
+    """Start the command and kill it, as a crash would, once `reached`."""
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen([sys.executable, "-m", "apps", *command], cwd=ROOT, stdout=quiet, stderr=quiet)
+    while not reached():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    arrays = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(arrays, dict)
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_killed_twice_it_ends_as_if_never_killed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once while it writes text, once while it trains."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(arguments(folder, whole)) == 0
+    assert "tokens per step on held-out text" in capsys.readouterr().out
+    shards = sorted(path.name for path in (whole / "data").glob("shard-*.npz"))
+    assert len(shards) == 4
+    command = arguments(folder, cut)
+    run_until(command, (cut / "data" / shards[0]).exists)
+    assert not (cut / "last.safetensors").exists()
+    run_until(command, (cut / "last.safetensors").exists)
+    assert not (cut / "float16").exists()
+    assert main(command) == 0
+    for shard in shards:
+        with np.load(whole / "data" / shard) as mine, np.load(cut / "data" / shard) as theirs:
+            assert all(np.array_equal(mine[key], theirs[key]) for key in mine.files)
+    mine, theirs = weights(whole), weights(cut)
+    for name in mine:
+        # MKL rounds by memory alignment, see test_train.py
+        np.testing.assert_allclose(mine[name], theirs[name], atol=1e-4, rtol=1e-3, err_msg=name)
+    assert (whole / "metrics.jsonl").read_text().count("\n") > 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--length", "1"], "--length counts the root and must be at least 2, not 1"),
+        (["--self-prompt", "0"], "the number of answers must be at least 1, not 0"),
+        (["--prompts", "missing.jsonl"], "prompts: no file missing.jsonl"),
+        (["--context-layers", "a"], "--context-layers must be auto, none or numbers"),
+        (["--context-layers", "7"], "context_layers must lie in 0..2"),
+        (["--soft", "2"], "soft must be between 0 and 1, not 2.0"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    assert main([*arguments(folder, out), *extra]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {message}" in error.replace("\n", " ") and "Traceback" not in error
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_a_target_without_a_chat_template(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for file in folder.iterdir():
+        (plain / file.name).write_bytes(file.read_bytes())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"}
+    (plain / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert main(arguments(plain, tmp_path / "out")) == 2
+    assert "error: the target has no chat template" in capsys.readouterr().err
