@@ -125,6 +125,7 @@ class Decoder:
         self.hidden = mx.zeros((0,))
         self.draft: Draft | None = None
         self._height = 1  # tokens the step under way can emit
+        self.ahead: mx.array | None = None  # token of a plain step that was launched and not yet read
 
     def prefill(self, tokens: Sequence[int], history: Sequence[int] = ()) -> int:
         """Process the prompt in blocks and choose the first token. `history`: what the cache holds
@@ -147,8 +148,11 @@ class Decoder:
             none = mx.zeros((1, 1), dtype=mx.bool_)
             logits = penalised(logits, self.sampling, self.counts, mx.zeros((1,), mx.int32), none)
         self.root, self.hidden = choose(logits, self.sampling, noise)[0], out.hidden[0]
+        first = self.root
         self._queue_draft(position[0])
-        return int(self.root)
+        if self.draft is None:
+            self.ahead = self._launch_plain()  # runs while the host looks at the first token
+        return int(first)
 
     def steps(self) -> Iterator[list[int]]:
         """Decode for ever: the tokens of each step, accepted draft tokens first, then the target's
@@ -178,25 +182,30 @@ class Decoder:
         """Steps of one node. The next is launched before the last one's token is read: nothing
         depends on it.
         """
-        ahead: mx.array | None = None
         while self.draft is None:
             begun = time.perf_counter()
-            tree = self.root_tree()
-            verified = self._verify(tree)
-            position = self.cache.length + 1
-            noise = self._noise_at(mx.array([position], dtype=mx.int32), position, 1)
-            token = self._choose(verified.logits, tree, noise)
-            if self.counts is not None:
-                self.counts.add(tree.tokens)
-            self.cache.commit(1)
-            self.root, self.hidden = token[0], verified.hidden[0]
-            mx.async_eval(token, self.hidden)
-            if ahead is not None:
-                yield self._read_plain(ahead, begun)
-            ahead = token
+            token = self._launch_plain()
+            if self.ahead is not None:
+                yield self._read_plain(self.ahead, begun)
+            self.ahead = token
             self._queue_draft(mx.array(self.cache.length, dtype=mx.int32))
-        if ahead is not None:
-            yield self._read_plain(ahead, time.perf_counter())
+        if self.ahead is not None:
+            token, self.ahead = self.ahead, None
+            yield self._read_plain(token, time.perf_counter())
+
+    def _launch_plain(self) -> mx.array:
+        """Queue one plain step and commit its node; returns its token (1,), unread."""
+        tree = self.root_tree()
+        verified = self._verify(tree)
+        position = self.cache.length + 1
+        noise = self._noise_at(mx.array([position], dtype=mx.int32), position, 1)
+        token = self._choose(verified.logits, tree, noise)
+        if self.counts is not None:
+            self.counts.add(tree.tokens)
+        self.cache.commit(1)
+        self.root, self.hidden = token[0], verified.hidden[0]
+        mx.async_eval(token, self.hidden)
+        return token
 
     def root_tree(self) -> TokenTree:
         """The tree of the root alone: plain decoding's."""
