@@ -13,7 +13,7 @@ Letters: N rows of a forward, T committed positions, D head size, H key/value he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -222,5 +222,3 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays())
 
-
-CacheFactory = Callable[[], KVCache]
