@@ -221,4 +221,3 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays())
-
