@@ -1,8 +1,12 @@
 """Give MLX a fast BLAS on Linux, and memory without page faults.
 
-The Linux CPU wheel of MLX links the reference BLAS, about 50 times slower in float32 than MKL.
+The Linux CPU wheel of MLX links the reference BLAS, about 50 times slower in float32 than others.
 Loading MKL or OpenBLAS into the process with its symbols visible *before* `mlx.core` makes the
 dynamic linker resolve MLX's `cblas_*` calls there. macOS (Accelerate, Metal) needs none of this.
+
+MKL comes first on Intel. Elsewhere it takes kernels of ten years ago, which pack the weights anew for
+every few rows, while OpenBLAS costs nearly the same for 2 to 8 rows (docs/performance.md): there
+OpenBLAS comes first.
 
 `REDRAFTER_BLAS=off` leaves MLX's own BLAS in place; `REDRAFTER_BLAS=/path/to/lib.so` loads that file.
 """
@@ -21,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ENV = "REDRAFTER_BLAS"
-FIX = "pip install mkl (x86_64), or apt-get install libopenblas0"
+FIX = "pip install cmeel-openblas (or mkl, on Intel)"
 
 # glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD (bytes), M_ARENA_MAX
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 1 << 26, -8: 1}
@@ -29,21 +33,30 @@ _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 1 << 26, -8: 1}
 _log = logging.getLogger("redrafter_mlx")
 
 
-def _mkl_candidates() -> Iterator[Path]:
-    """The libmkl_rt files that pip's `mkl` package put beside this interpreter."""
+def _installed(package: str, library: str) -> Iterator[str]:
+    """Files of that name that pip's `package` put beside this interpreter."""
     try:
-        installed = importlib.metadata.files("mkl") or []
+        files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         return
-    for file in installed:
-        if file.name.startswith("libmkl_rt.so"):
-            yield Path(str(file.locate())).resolve()
+    for file in files:
+        path = Path(str(file.locate())).resolve()
+        if file.name.startswith(library) and path.is_file():
+            yield str(path)
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _candidates() -> Iterator[str]:
-    for path in _mkl_candidates():
-        if path.is_file():
-            yield str(path)
+    """Libraries to try, best first."""
+    found = [_installed("cmeel-openblas", "libopenblas.so"), _installed("mkl", "libmkl_rt.so")]
+    for libraries in reversed(found) if _is_intel() else found:
+        yield from libraries
     system = ctypes.util.find_library("openblas")
     if system:
         yield system

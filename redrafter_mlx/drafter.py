@@ -178,6 +178,7 @@ class RecurrentDrafter(nn.Module):
             self.d2t = mx.zeros((config.draft_vocab_size,), dtype=mx.int32)
             self.freeze(keys=["d2t"], recurse=False)
         self._rows: mx.array | None = None  # (V, H), the target's; not a parameter
+        self._halves: tuple[mx.array, mx.array] | None = None
 
     @property
     def has_input_proj(self) -> bool:
@@ -213,6 +214,33 @@ class RecurrentDrafter(nn.Module):
             self._rows = target.output_rows(self.target_ids())
         return self
 
+    def settle(self) -> RecurrentDrafter:
+        """Say that the weights are final: the two parts of `input_proj`, for the context and for the
+        state, are laid out apart, which a search would otherwise do anew at every level.
+        """
+        if self._splits_projection:
+            size = self.config.context_size
+            weight = self.input_proj.weight
+            self._halves = (mx.contiguous(weight[:, :size]), mx.contiguous(weight[:, size:]))
+        return self
+
+    def update(self, parameters: dict[str, Any], strict: bool = True) -> RecurrentDrafter:
+        """As `nn.Module.update`; new weights are no longer final."""
+        self._halves = None
+        super().update(parameters, strict)
+        return self
+
+    @property
+    def _splits_projection(self) -> bool:
+        return self.has_input_proj and not isinstance(self.input_proj, nn.QuantizedLinear)
+
+    def _projections(self) -> tuple[mx.array, mx.array]:
+        """Weights of `input_proj` for the context (X, C) and for the state (X, H)."""
+        if self._halves is not None:
+            return self._halves
+        weight, size = self.input_proj.weight, self.config.context_size
+        return weight[:, :size], weight[:, size:]
+
     def target_ids(self) -> mx.array | None:
         """(V,) int32: the target's id of every draft token; None where they are the same."""
         if self.config.draft_vocab_size is None:
@@ -243,15 +271,14 @@ class RecurrentDrafter(nn.Module):
 
         (..., C) -> (..., X), or (..., C) as it is where nothing can be computed ahead.
         """
-        if not self.has_input_proj or isinstance(self.input_proj, nn.QuantizedLinear):
+        if not self._splits_projection:
             return context
-        weight = self.input_proj.weight[:, : self.config.context_size]
-        return context @ weight.T + self.input_proj.bias
+        return context @ self._projections()[0].T + self.input_proj.bias
 
     def features(self, prepared: mx.array, states: mx.array) -> mx.array:
         """From prepared context and states (..., H) to what the vocabulary multiplies, (..., X or H)."""
-        if self.has_input_proj and not isinstance(self.input_proj, nn.QuantizedLinear):
-            x = prepared + states @ self.input_proj.weight[:, self.config.context_size :].T
+        if self._splits_projection:
+            x = prepared + states @ self._projections()[1].T
         else:
             x = mx.concatenate([prepared, states], axis=-1)
             x = self.input_proj(x) if self.has_input_proj else x

@@ -66,7 +66,7 @@ def load(
             f"{name} scales by {wrapped.embedding_scale}"
         )
     wrapped.watch(loaded.config.context_layers)
-    loaded.bind(wrapped)
+    loaded.bind(wrapped).settle()
     wrapped.check_tree()
     mx.eval(loaded.parameters())
     return Model(wrapped, loaded, tokenizer)

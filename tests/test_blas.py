@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from redrafter_mlx import blas
+
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux replaces the BLAS")
 
 
@@ -43,7 +45,17 @@ def test_warns_once_when_only_the_reference_blas_is_there() -> None:
     )
     result = run(code, PYTHONPATH=os.getcwd())
     assert result.stdout.strip() == "None"
-    assert result.stderr.count("no fast BLAS found") == 1 and "pip install mkl" in result.stderr
+    assert result.stderr.count("no fast BLAS found") == 1 and "pip install cmeel-openblas" in result.stderr
+
+
+@linux_only
+@pytest.mark.parametrize(("intel", "first"), [(True, "mkl"), (False, "openblas")])
+def test_the_vendor_decides_which_comes_first(
+    intel: bool, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blas, "_is_intel", lambda: intel)
+    names = [name for path in blas._candidates() for name in ("mkl", "openblas") if f"lib{name}" in path]
+    assert names[0] == first and len(set(names)) == 2
 
 
 @linux_only
