@@ -1,15 +1,14 @@
 """`draft="auto"`: draft as much as pays here and now, and nothing where nothing does.
 
-Every node of a draft comes with a path probability, and the machine with a cost table. A step of n
-nodes yields 1 + sum of their probabilities tokens and takes draft + C(n) seconds; both choices
-below maximise the quotient (reference: Sequoia's and OPT-Tree's rule, with measured times):
+Every node of a draft comes with a path probability, and the machine with a cost table. A step that searches W
+beams of length L and verifies the N most probable nodes yields 1 + the sum of their probabilities tokens and takes
+draft(W, L) + C(N) seconds. `auto` takes the (W, L, N) of the highest quotient over the last wide searches (the
+rule of Sequoia and OPT-Tree, with measured times) and keeps it for some steps. Which nodes the N are is settled
+anew in every step, on the device; N itself is not, because the host would have to wait for the search before it
+could build the next verification, which costs more than it gains (docs/performance.md).
 
-    nodes   how many of the searched nodes to verify: the best n of the step at hand
-    shape   how wide and deep to search next: the best (W, L) over the last searches
-
-The drafter's probabilities are corrected by what is really accepted at each depth, and the table by
-the times really taken. Where plain decoding wins, drafting stops, and is tried again after a while
-that doubles each time.
+The drafter's probabilities are corrected by what is really accepted at each depth, and the table by the times
+really taken. Where plain decoding wins, drafting stops, and is tried again after a while that doubles each time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import logging
 from collections import deque
 from dataclasses import dataclass, field
 
-import mlx.core as mx
 import numpy as np
 
 from .cost import CostTable
@@ -29,10 +27,45 @@ _log = logging.getLogger("redrafter_mlx")
 
 WIDE = (8, 5)  # the search that shows what narrower and shorter ones would have found
 SHAPES = tuple((w, length) for w in (1, 2, 4, 8) for length in (2, 3, 4, 5))
+NODES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # few, because a GPU compiles for each
+FIRST_NODES = 4  # of the first search, when nothing is known
+TRIAL = 3  # drafted steps before the first verdict
+REVISE = 12  # steps between later ones
 LOOK = 24  # steps between two wide searches
 FIRST_PAUSE, LONGEST_PAUSE = 32, 1024  # plain steps before drafting is tried again
-TRIAL = 6  # drafted steps before the first verdict
-MARGIN = 1.08  # drafting must beat plain decoding by this: the prediction is no better than its table
+PROBE_EVERY, PROBE = 128, 4  # drafted steps, then a few plain ones, to know what a plain one costs now
+MARGIN = 1.05  # drafting must beat plain decoding by this: the prediction is no better than its table
+
+
+@dataclass(slots=True)
+class Mode:
+    """What was learned in greedy decoding, or in sampling: acceptance differs between the two."""
+
+    predicted: np.ndarray = field(default_factory=lambda: np.full(WIDE[1] - 1, 2.0))
+    """per depth, decayed sum of predicted probabilities"""
+    accepted: np.ndarray = field(default_factory=lambda: np.full(WIDE[1] - 1, 2.0))
+    """per depth, decayed count of accepted nodes"""
+    wide: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=8))
+    """log-probabilities (L-1, W) of the last wide searches"""
+    best: Beam | None = None
+    """what pays, once there was a verdict"""
+    drafted: int = 0
+    """steps since drafting began or began again"""
+    plain_left: int = 0
+    """plain steps before drafting goes on"""
+    pause: int = FIRST_PAUSE
+
+    @property
+    def trust(self) -> np.ndarray:
+        """(L-1,): how many nodes of a depth are accepted for each one predicted, at most 1.5."""
+        return np.minimum(self.accepted / self.predicted, 1.5)
+
+    def hear(self, predicted: np.ndarray, num_accepted: int) -> None:
+        """Compare what was predicted for the verified nodes of each depth, (depths,), with what came."""
+        depths = predicted.size
+        self.predicted[:depths] = 0.97 * self.predicted[:depths] + predicted
+        self.accepted[:depths] *= 0.97
+        self.accepted[:num_accepted] += 1
 
 
 @dataclass(slots=True)
@@ -42,125 +75,95 @@ class Experience:
     table: CostTable
     verify: np.ndarray = field(init=False)
     """(MAX_NODES + 1,) seconds by rows, corrected by the times taken"""
-    predicted: dict[bool, np.ndarray] = field(init=False)
-    """greedy? -> per depth, decayed sum of predicted probabilities"""
-    accepted: dict[bool, np.ndarray] = field(init=False)
-    """greedy? -> per depth, decayed count of accepted nodes"""
-    wide: dict[bool, deque[np.ndarray]] = field(init=False)
-    """greedy? -> log-probabilities (L-1, W) of the last wide searches"""
-    pause: int = FIRST_PAUSE
+    modes: dict[bool, Mode] = field(init=False)
+    """greedy? -> what was learned there"""
     said_off: bool = False
 
     def __post_init__(self) -> None:
         self.verify = self.table.verify_seconds()
-        depths = WIDE[1] - 1
-        self.predicted = {g: np.full(depths, 2.0) for g in (True, False)}
-        self.accepted = {g: np.full(depths, 2.0) for g in (True, False)}
-        self.wide = {g: deque(maxlen=8) for g in (True, False)}
+        self.modes = {True: Mode(), False: Mode()}
 
-    def trust(self, greedy: bool) -> np.ndarray:
-        """(L-1,): how many nodes of a depth are accepted for each one predicted, at most 1.5."""
-        return np.minimum(self.accepted[greedy] / self.predicted[greedy], 1.5)
+    def note_time(self, nodes: int, seconds: float) -> None:
+        """Move C(nodes) towards the time taken, and all others half as far: most of a change is the machine's.
+
+        A step more than twice off says nothing about the machine.
+        """
+        ratio = seconds / self.verify[nodes]
+        if 0.5 < ratio < 2:
+            self.verify *= 1 + 0.05 * (ratio - 1)
+            self.verify[nodes] *= 1 + 0.05 * (ratio - 1)
 
 
 class Auto(Off):
-    """The policy; `observe` hears the seconds of each step."""
+    """The policy; `observe` hears what each step brought and took."""
 
     def __init__(self, experience: Experience, greedy: bool, max_width: int) -> None:
-        self.experience, self.greedy = experience, greedy
-        self.wide = (min(WIDE[0], max_width), WIDE[1])
-        self.shapes = [s for s in SHAPES if s[0] <= self.wide[0]]
-        self.best: tuple[int, int] | None = self.wide
-        self.plain_left = 0
-        self.drafted = 0  # steps since drafting began or began again
-        self.expected = np.zeros(0)  # per depth, of the nodes being verified
+        self.known, self.mode = experience, experience.modes[greedy]
+        self.shapes = [s for s in SHAPES if s[0] <= max_width]
+        width = min(WIDE[0], max_width)
+        self.wide = Beam(width, WIDE[1], nodes=min(FIRST_NODES, 1 + width * (WIDE[1] - 1)))
+        all_right = np.zeros((1, WIDE[1] - 1, width)), np.ones(WIDE[1] - 1)
+        if self.mode.drafted == 0 and self._verdict(*all_right) is None:
+            self.mode.pause = LONGEST_PAUSE  # not even if every guess were right
+            self._stop()
 
     def shape(self) -> Beam | None:
-        if self.plain_left > 0:
+        mode = self.mode
+        if mode.plain_left > 0:
             return None
-        look = len(self.experience.wide[self.greedy]) < 3 or self.drafted % LOOK == LOOK - 1
-        shape = self.wide if look or self.best is None else self.best
-        return Beam(*shape, nodes=self._cap(shape))
+        if mode.best is None or len(mode.wide) < TRIAL:
+            return self.wide
+        if mode.drafted % LOOK == LOOK - 1:
+            return Beam(self.wide.width, self.wide.length, mode.best.nodes)
+        return mode.best
 
-    def _cap(self, shape: tuple[int, int]) -> int:
-        return min(1 + shape[0] * (shape[1] - 1), 32)
+    def observe(self, beam: Beam | None, levels: Levels | None, num_accepted: int, seconds: float) -> None:
+        mode = self.mode
+        if beam is None or levels is None:
+            mode.plain_left = max(0, mode.plain_left - 1)
+            self.known.note_time(1, seconds)
+            return
+        assert beam.nodes is not None
+        self.known.note_time(beam.nodes, seconds - self.known.table.draft_seconds(beam.width, beam.length))
+        logprobs = np.array(levels.logprobs)  # verified with the tree, so there is nothing to wait for
+        verified = logprobs.reshape(-1).argsort()[::-1][: beam.nodes - 1]
+        depth = verified // beam.width
+        probs = np.exp(logprobs.reshape(-1)[verified])
+        mode.hear(np.bincount(depth, weights=probs, minlength=beam.length - 1), num_accepted)
+        if (beam.width, beam.length) == (self.wide.width, self.wide.length):
+            mode.wide.append(logprobs)
+        mode.drafted += 1
+        if mode.drafted == TRIAL or mode.drafted % REVISE == 0:
+            mode.best = self._verdict(np.stack(mode.wide), mode.trust)
+            if mode.best is None:
+                self._stop()
+            elif mode.drafted >= 4 * REVISE:
+                mode.pause = FIRST_PAUSE
+        if mode.drafted % PROBE_EVERY == REVISE:
+            mode.plain_left = PROBE
 
-    def summary(self, levels: Levels) -> mx.array | None:
-        return levels.logprobs.reshape(-1)
-
-    def nodes(self, beam: Beam, summary: list[float]) -> int:
-        logprobs = np.array(summary).reshape(beam.length - 1, beam.width)
-        if (beam.width, beam.length) == self.wide:
-            self.experience.wide[self.greedy].append(logprobs)
-        draft = self.experience.table.draft_seconds(beam.width, beam.length)
-        count, _, chosen = self._best_nodes(logprobs, draft)
-        self.expected = chosen
-        return count
-
-    def _best_nodes(self, logprobs: np.ndarray, draft: float) -> tuple[int, float, np.ndarray]:
-        """Nodes to verify (root included), tokens per second then, and expected accepted per
-        depth.
-        """
-        depths = logprobs.shape[0]
-        probs = np.exp(logprobs)
-        trusted = probs * self.experience.trust(self.greedy)[:depths, None]
-        order = np.argsort(-(logprobs - 1e-4 * np.arange(depths)[:, None]).reshape(-1), kind="stable")
-        order = order[: self._cap((logprobs.shape[1], depths + 1)) - 1]
-        tokens = 1 + np.concatenate([[0.0], np.cumsum(trusted.reshape(-1)[order])])
-        rate = tokens / (self.experience.verify[1 : tokens.size + 1] + draft)
-        extra = int(rate.argmax())
-        kept = order[:extra]
-        expected = np.bincount(kept // logprobs.shape[1], weights=probs.reshape(-1)[kept], minlength=depths)
-        return extra + 1, float(rate[extra]), expected
-
-    def _best_shape(self) -> tuple[int, int] | None:
-        """The (W, L) of highest expected tokens per second over the last wide searches; None: plain
-        decoding.
-        """
-        best, best_rate = None, MARGIN / self.experience.verify[1]
+    def _verdict(self, logprobs: np.ndarray, trust: np.ndarray) -> Beam | None:
+        """The draft of most tokens per second for searches (k, L-1, W); None: plain decoding."""
+        verify, best, best_rate = self.known.verify, None, MARGIN / self.known.verify[1]
         for width, length in self.shapes:
-            draft = self.experience.table.draft_seconds(width, length)
-            rates = [
-                self._best_nodes(logprobs[: length - 1, :width], draft)[1]
-                for logprobs in self.experience.wide[self.greedy]
-            ]
-            rate = len(rates) / sum(1 / r for r in rates)  # times add up, so the harmonic mean
-            if rate > best_rate:
-                best, best_rate = (width, length), rate
+            part = logprobs[:, : length - 1, :width]
+            order = (-part).reshape(len(part), -1).argsort(axis=1, kind="stable")
+            worth = (np.exp(part) * trust[: length - 1, None]).reshape(len(part), -1)
+            tokens = 1 + np.take_along_axis(worth, order, axis=1).cumsum(axis=1).mean(axis=0)
+            draft = self.known.table.draft_seconds(width, length)
+            for nodes in NODES:
+                if nodes > tokens.size + 1:
+                    break
+                # a beam of L tokens can bring no more than L, however sure the drafter is of all its branches
+                rate = min(tokens[nodes - 2], length) / (verify[nodes] + draft)
+                if rate > best_rate:
+                    best, best_rate = Beam(width, length, nodes), rate
         return best
 
-    def observe(self, beam: Beam | None, nodes: int, num_accepted: int, seconds: float) -> None:
-        known = self.experience
-        if beam is None:
-            self.plain_left = max(0, self.plain_left - 1)
-            self._note_time(1, seconds)
-            return
-        self._note_time(nodes, seconds - known.table.draft_seconds(beam.width, beam.length))
-        depths = self.expected.size
-        for sums in (known.predicted, known.accepted):
-            sums[self.greedy][:depths] *= 0.97
-        known.predicted[self.greedy][:depths] += self.expected
-        known.accepted[self.greedy][: min(num_accepted, depths)] += 1
-        self.drafted += 1
-        if self.drafted == TRIAL or self.drafted % (2 * TRIAL) == 0:
-            self.best = self._best_shape()
-            if self.best is None:
-                self._pause()
-            elif self.drafted >= 4 * TRIAL:
-                known.pause = FIRST_PAUSE
-
-    def _pause(self) -> None:
-        known = self.experience
-        if not known.said_off:
-            known.said_off = True
+    def _stop(self) -> None:
+        mode = self.mode
+        if not self.known.said_off:
+            self.known.said_off = True
             _log.warning("drafting does not pay here at present: decoding plainly for a while")
-        self.plain_left, known.pause = known.pause, min(2 * known.pause, LONGEST_PAUSE)
-        self.drafted = TRIAL - 1  # the next trial is one step long
-
-    def _note_time(self, nodes: int, seconds: float) -> None:
-        """Move C(nodes) towards the time taken; a step more than twice off says nothing about the
-        machine.
-        """
-        old = self.experience.verify[nodes]
-        if 0.5 * old < seconds < 2 * old:
-            self.experience.verify[nodes] = old + 0.1 * (seconds - old)
+        mode.plain_left, mode.pause = mode.pause, min(2 * mode.pause, LONGEST_PAUSE)
+        mode.drafted = TRIAL - 1  # the next trial is one step long

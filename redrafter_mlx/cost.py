@@ -37,7 +37,8 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 32, 33, 48, 64)
 WIDTHS = (1, 2, 4, 8)
 BUDGET_SECONDS = 8.0
 CONTEXT = 128  # positions in the cache while measuring
-VERSION = 2
+PLAIN_STEPS = 3
+VERSION = 3
 
 
 @dataclass(slots=True)
@@ -141,26 +142,38 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
     mx.eval(target.extend(tokens, cache).hidden)
     context = mx.zeros((drafter.config.context_size,), dtype=target.dtype)
 
-    def forward(rows: int) -> Callable[[], None]:
-        nodes = tokens[:rows]
-        return lambda: mx.eval(mx.argmax(target.verify(chain(nodes), cache).logits, axis=-1))
+    def choice(nodes: mx.array) -> mx.array:
+        return mx.argmax(target.verify(chain(nodes), cache).logits, axis=-1).astype(mx.int32)
 
-    def draft(width: int, length: int) -> Callable[[], None]:
+    def plain() -> float:
+        """As plain decoding runs: a step is launched before the token of the one before is read."""
+        token, ahead, begun = tokens[:1], tokens, 0.0
+        for _ in range(PLAIN_STEPS):
+            token = choice(token)
+            mx.async_eval(token)
+            mx.eval(ahead)
+            begun, ahead = begun or time.perf_counter(), token
+        mx.eval(ahead)
+        return (time.perf_counter() - begun) / PLAIN_STEPS
+
+    def forward(rows: int) -> Callable[[], float]:
+        return lambda: _seconds(lambda: choice(tokens[:rows]))
+
+    def draft(width: int, length: int) -> Callable[[], float]:
         root = mx.array(0, dtype=mx.int32)
 
-        def run() -> None:
-            levels = search(drafter, context, root, target.embed, width=width, length=length)
-            mx.eval(levels.tokens, levels.logprobs)
+        def run() -> mx.array:
+            return search(drafter, context, root, target.embed, width=width, length=length).logprobs
 
-        return run
+        return lambda: _seconds(run)
 
     widths = [w for w in WIDTHS if w <= drafter.config.draft_vocab]
-    jobs: dict[tuple[str, int, int], Callable[[], None]] = {}
+    jobs: dict[tuple[str, int, int], Callable[[], float]] = {}
     for width in widths:
         for length in (2, 5):
             jobs["draft", width, length] = draft(width, length)
     for rows in ROWS:
-        jobs["rows", rows, 0] = forward(rows)
+        jobs["rows", rows, 0] = forward(rows) if rows > 1 else plain
     times = _interleaved(jobs, budget)
     rows_seconds = {key[1]: value for key, value in times.items() if key[0] == "rows"}
     first = {w: times["draft", w, 2] for w in widths}
@@ -168,18 +181,22 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
     return CostTable(rows_seconds, first, level)
 
 
+def _seconds(build: Callable[[], mx.array]) -> float:
+    begun = time.perf_counter()
+    mx.eval(build())
+    return time.perf_counter() - begun
+
+
 def _interleaved(
-    jobs: dict[tuple[str, int, int], Callable[[], None]], budget: float
+    jobs: dict[tuple[str, int, int], Callable[[], float]], budget: float
 ) -> dict[tuple[str, int, int], float]:
-    """Median seconds of every job. Sizes that cost over four plain steps are dropped: they can
+    """Median seconds of every job. Sizes that cost over five plain steps are dropped: they can
     never pay.
     """
     started, times = time.perf_counter(), {}
     for key, job in jobs.items():
         job()  # warm-up: compiles kernels, grows buffers
-        begun = time.perf_counter()
-        job()
-        times[key] = [time.perf_counter() - begun]
+        times[key] = [job()]
         plain = times.get(("rows", 1, 0))
         if key[0] == "rows" and key[1] > 5 and plain and times[key][0] > 5 * plain[0]:
             break
@@ -187,7 +204,5 @@ def _interleaved(
         if time.perf_counter() - started > budget:
             break
         for key in times:
-            begun = time.perf_counter()
-            jobs[key]()
-            times[key].append(time.perf_counter() - begun)
+            times[key].append(jobs[key]())
     return {key: float(np.median(values)) for key, values in times.items()}

@@ -5,9 +5,9 @@ One step, everything between two synchronisations being one lazy graph:
     verify   one target forward over the tree's N rows
     choose   the target's own token after every node
     accept   the path on which tree and target agree
-    draft    the beam search for the next step, from the path's last hidden state, queued before the
-    host looks read     the one synchronisation: path, next token, and what the policy wants to know
-    of the draft keep     commit the path in the KV cache
+    draft    the beam search for the next step, from the path's last hidden state, queued before the host looks
+    read     the one synchronisation: path and next token; the draft goes on while the host builds the next step
+    keep     commit the path in the KV cache
 
 Plain decoding is the same with a tree of one node; its path is known in advance, so it runs a step
 ahead.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import mlx.core as mx
 
@@ -94,8 +93,8 @@ class Draft:
     levels: Levels
     noise: mx.array | None
     """(L, V) Gumbel noise of the positions after the root"""
-    summary: mx.array | None
-    """what the policy wants to read of it"""
+    alive: mx.array | None
+    """(L-1, W) bool: on a surviving beam; None where the number of rows to verify is settled beforehand"""
 
 
 class Decoder:
@@ -126,6 +125,9 @@ class Decoder:
         self.draft: Draft | None = None
         self._height = 1  # tokens the step under way can emit
         self.ahead: mx.array | None = None  # token of a plain step that was launched and not yet read
+        self.wanted: float = float(
+            "inf"
+        )  # tokens still wanted after the first; no plain step is launched for more
 
     def prefill(self, tokens: Sequence[int], history: Sequence[int] = ()) -> int:
         """Process the prompt in blocks and choose the first token. `history`: what the cache holds
@@ -150,15 +152,15 @@ class Decoder:
         self.root, self.hidden = choose(logits, self.sampling, noise)[0], out.hidden[0]
         first = self.root
         self._queue_draft(position[0])
-        if self.draft is None:
+        if self.draft is None and self.wanted > 0:
             self.ahead = self._launch_plain()  # runs while the host looks at the first token
         return int(first)
 
     def steps(self) -> Iterator[list[int]]:
-        """Decode for ever: the tokens of each step, accepted draft tokens first, then the target's
-        next one.
+        """The tokens of each step, accepted draft tokens first, then the target's next one; until there are
+        as many as `wanted`, or for ever.
         """
-        while True:
+        while self.wanted > 0:
             if self.draft is None:
                 yield from self._plain_steps()
             else:
@@ -169,13 +171,14 @@ class Decoder:
         tree = self._tree(draft)
         verified = self._verify(tree)
         found = self._accept(tree, verified, draft)
+        mx.async_eval(found.packed)  # apart from the draft, so that the host need not wait for that too
         self.root, self.hidden = found.next_token, verified.hidden[found.last]
         self._queue_draft(found.num_accepted + (self.cache.length + 1))
         path, tokens = self._read(found)
         self._keep(path)
         if self.counts is not None:
             self.counts.add(tree.tokens[mx.array(path)])
-        self._note(draft.beam, tree.num_nodes, tokens, begun)
+        self._note(draft, tree.num_nodes, tokens, begun)
         return tokens
 
     def _plain_steps(self) -> Iterator[list[int]]:
@@ -184,6 +187,9 @@ class Decoder:
         """
         while self.draft is None:
             begun = time.perf_counter()
+            if self.ahead is not None and self.wanted == 1:
+                yield self._read_plain(self.ahead, begun)
+                return
             token = self._launch_plain()
             if self.ahead is not None:
                 yield self._read_plain(self.ahead, begun)
@@ -204,7 +210,7 @@ class Decoder:
             self.counts.add(tree.tokens)
         self.cache.commit(1)
         self.root, self.hidden = token[0], verified.hidden[0]
-        mx.async_eval(token, self.hidden)
+        mx.async_eval(token)
         return token
 
     def root_tree(self) -> TokenTree:
@@ -226,9 +232,11 @@ class Decoder:
         self._note(None, 1, tokens, begun)
         return tokens
 
-    def _note(self, beam: Beam | None, nodes: int, tokens: list[int], begun: float) -> None:
+    def _note(self, draft: Draft | None, nodes: int, tokens: list[int], begun: float) -> None:
+        self.wanted -= len(tokens)
         self.stats.observe(nodes, len(tokens) - 1)
-        self.policy.observe(beam, nodes, len(tokens) - 1, time.perf_counter() - begun)
+        beam, levels = (draft.beam, draft.levels) if draft is not None else (None, None)
+        self.policy.observe(beam, levels, len(tokens) - 1, time.perf_counter() - begun)
 
     def _noise_at(self, positions: mx.array, low: int, count: int) -> mx.array | None:
         """Noise rows of positions (L,), which lie in low ... low + count - 1; None when greedy."""
@@ -252,30 +260,30 @@ class Decoder:
             self.drafter, self.hidden, self.root, self.target.embed,
             width=beam.width, length=beam.length, noise=drafter_noise,
         )  # fmt: skip
-        self.draft = Draft(beam, levels, noise, self.policy.summary(levels))
+        is_open = beam.nodes is None and beam.width > 1
+        self.draft = Draft(beam, levels, noise, survivors(levels) if is_open else None)
         self._height = beam.length
 
     def _read(self, found: Acceptance) -> tuple[list[int], list[int]]:
-        """Wait for the device, once: for what was accepted and for what the policy wants of the
-        next draft.
+        """Wait for the device, once: for what was accepted and, where that decides how many rows to verify,
+        for the next draft. Otherwise the draft goes on while the host builds what follows.
         """
         queued = self.draft
-        if queued is not None and queued.summary is not None:
-            mx.eval(found.packed, queued.summary)
-        elif queued is not None:
-            mx.async_eval(found.packed, queued.levels.tokens)
+        if queued is not None:
+            mx.async_eval(queued.levels.tokens, queued.levels.logprobs)
+            if queued.alive is not None:
+                mx.eval(found.packed, queued.alive)
         self.stats.syncs += 1
         return found.read()
 
     def _tree(self, draft: Draft) -> TokenTree:
         """The nodes worth verifying of a queued draft."""
-        summary = [] if draft.summary is None else cast(list[float], draft.summary.tolist())
-        nodes = self.policy.nodes(draft.beam, summary)
-        levels = draft.levels
-        if draft.beam.nodes is None and levels.width > 1:  # only what lies on a surviving beam
-            alive = mx.where(survivors(levels), levels.logprobs, -1e30)
-            levels = Levels(levels.tokens, levels.slots, alive)
-        return build(levels, self.root, nodes)
+        levels, alive = draft.levels, draft.alive
+        if alive is None:
+            return build(levels, self.root, draft.beam.nodes or draft.beam.length)
+        # only what lies on a surviving beam
+        levels = Levels(levels.tokens, levels.slots, mx.where(alive, levels.logprobs, -1e30))
+        return build(levels, self.root, 1 + int(alive.sum()))
 
     def _choose(self, logits: mx.array, tree: TokenTree, noise: mx.array | None) -> mx.array:
         """The target's own token after every node. noise (L, V): row d belongs to the nodes of

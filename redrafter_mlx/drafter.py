@@ -224,7 +224,9 @@ class RecurrentDrafter(nn.Module):
             self._halves = (mx.contiguous(weight[:, :size]), mx.contiguous(weight[:, size:]))
         return self
 
-    def update(self, parameters: dict[str, Any], strict: bool = True) -> RecurrentDrafter:
+    def update(  # type: ignore[override]
+        self, parameters: dict[str, Any], strict: bool = True
+    ) -> RecurrentDrafter:
         """As `nn.Module.update`; new weights are no longer final."""
         self._halves = None
         super().update(parameters, strict)

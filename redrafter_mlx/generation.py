@@ -214,6 +214,7 @@ def _stream(job: _Job) -> Iterator[Chunk]:
     kv = cache.kv = cache.kv or model.target.new_cache(bits)
     kv.reserve(len(prompt) + min(max_tokens, RESERVED_TOKENS) + MAX_NODES)
     decoder = Decoder(model.target, model.drafter, kv, job.policy, job.sampling)
+    decoder.wanted = max_tokens - 1
     stats, text = decoder.stats, TextStream(model.tokenizer, job.stop)
     ends = model.tokenizer.eos_token_ids if model.tokenizer is not None else set()
     stats.prompt_tokens, stats.reused_tokens = len(prompt), reused

@@ -292,18 +292,14 @@ def wide_searches(model: Model, prompts: Sequence[list[int]], max_tokens: int) -
     steps = 0
 
     class Recording(Fixed):
-        def summary(self, levels: Levels) -> mx.array | None:
-            return levels.logprobs.reshape(-1)
-
-        def nodes(self, beam: Beam, summary: list[float]) -> int:
-            kept.append(np.array(summary).reshape(beam.length - 1, beam.width))
-            assert beam.nodes is not None
-            return beam.nodes
-
-        def observe(self, beam: Beam | None, nodes: int, num_accepted: int, seconds: float) -> None:
+        def observe(
+            self, beam: Beam | None, levels: Levels | None, num_accepted: int, seconds: float
+        ) -> None:
             nonlocal steps
+            assert levels is not None
+            kept.append(np.array(levels.logprobs))
             probs = np.exp(kept[-1])
-            bar = np.sort(probs.reshape(-1))[-(nodes - 1)]
+            bar = np.sort(probs.reshape(-1))[-(MAX_WIDE_NODES - 1)]
             predicted[:] += np.where(probs >= bar, probs, 0).sum(axis=1)
             accepted[:num_accepted] += 1
             steps += 1

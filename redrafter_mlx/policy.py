@@ -1,16 +1,15 @@
 """How much to draft in the next step.
 
-A policy is asked twice per step: which beam search to queue (`shape`), before the host knows
-anything, and how many of its nodes to verify (`nodes`), after the step's one synchronisation.
+A policy is asked before a step which beam search to queue (`shape`), when the host knows nothing of it yet, and
+hears afterwards what came of it (`observe`). A beam without `nodes` leaves open how many rows are verified: all
+nodes of the surviving beams, which is known only when the search is done, so that the host must wait for it.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-import mlx.core as mx
-
-from .tree import Beam, Levels, survivors
+from .tree import Beam, Levels
 
 
 class Policy(Protocol):
@@ -19,16 +18,8 @@ class Policy(Protocol):
     def shape(self) -> Beam | None:
         """The search to queue for the next step; None: decode the next token plainly."""
 
-    def summary(self, levels: Levels) -> mx.array | None:
-        """What `nodes` wants to know of a queued search, read in the step's one synchronisation."""
-
-    def nodes(self, beam: Beam, summary: list[float]) -> int:
-        """Rows to verify, root included."""
-
-    def observe(self, beam: Beam | None, nodes: int, num_accepted: int, seconds: float) -> None:
-        """Hear what a step brought (`beam`: None for a plain one) and how long the host was in
-        it.
-        """
+    def observe(self, beam: Beam | None, levels: Levels | None, num_accepted: int, seconds: float) -> None:
+        """Hear what a step brought and how long the host was in it; `beam` and `levels` None: a plain one."""
 
 
 class Off:
@@ -37,13 +28,7 @@ class Off:
     def shape(self) -> Beam | None:
         return None
 
-    def summary(self, levels: Levels) -> mx.array | None:
-        return None
-
-    def nodes(self, beam: Beam, summary: list[float]) -> int:
-        return 1
-
-    def observe(self, beam: Beam | None, nodes: int, num_accepted: int, seconds: float) -> None:
+    def observe(self, beam: Beam | None, levels: Levels | None, num_accepted: int, seconds: float) -> None:
         pass
 
 
@@ -55,13 +40,3 @@ class Fixed(Off):
 
     def shape(self) -> Beam | None:
         return self.beam
-
-    def summary(self, levels: Levels) -> mx.array | None:
-        if self.beam.width == 1 or self.beam.nodes is not None:
-            return None  # the shape is known without looking
-        return survivors(levels).astype(mx.float32).sum().reshape(1)
-
-    def nodes(self, beam: Beam, summary: list[float]) -> int:
-        if beam.nodes is not None:
-            return beam.nodes
-        return 1 + int(summary[0]) if summary else beam.length

@@ -11,6 +11,7 @@ import pytest
 from tests.toy import make
 
 # isort: split
+import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx import auto as auto_module
@@ -19,7 +20,7 @@ from redrafter_mlx.auto import Auto, Experience
 from redrafter_mlx.cost import CostTable, cache_path, cost_table
 from redrafter_mlx.generation import generate
 from redrafter_mlx.sampling import Sampling
-from redrafter_mlx.tree import Beam
+from redrafter_mlx.tree import Levels
 
 
 def table(slope: float, draft: float = 0.02) -> CostTable:
@@ -33,25 +34,27 @@ def drive(policy: Auto, steps: int, level_prob: float, accepts: bool) -> tuple[l
 
     Returns the nodes verified in each step, the seconds spent by the policy's own table, and tokens made.
     """
-    truth = policy.experience.table.verify_seconds()
+    table = policy.known.table
+    truth = table.verify_seconds()
     seen, seconds, tokens = [], 0.0, 0
     for _ in range(steps):
         beam = policy.shape()
         if beam is None:
             seen.append(1)
             seconds, tokens = seconds + truth[1], tokens + 1
-            policy.observe(None, 1, 0, truth[1])
+            policy.observe(None, None, 0, truth[1])
             continue
+        assert beam.nodes is not None
         ranks = np.arange(beam.width)
         best = np.log(level_prob) * np.arange(1, beam.length)[:, None]
         logprobs = best + np.log(np.where(ranks == 0, 1, (1 - level_prob) / 4 / np.maximum(ranks, 1)))
-        nodes = policy.nodes(beam, logprobs.reshape(-1).tolist())
-        depth = min(policy.expected.size, np.flatnonzero(policy.expected > 0.05).size)
-        accepted = depth if accepts else 0
-        cost_now = truth[nodes] + policy.experience.table.draft_seconds(beam.width, beam.length)
-        policy.observe(beam, nodes, accepted, cost_now)
-        seen.append(nodes)
-        seconds, tokens = seconds + cost_now, tokens + 1 + accepted
+        chosen = np.argsort(-logprobs.reshape(-1), kind="stable")[: beam.nodes - 1]
+        accepted = int((chosen % beam.width == 0).sum()) if accepts else 0
+        now = truth[beam.nodes] + table.draft_seconds(beam.width, beam.length)
+        levels = Levels(mx.zeros(logprobs.shape), mx.zeros(logprobs.shape), mx.array(logprobs))
+        policy.observe(beam, levels, accepted, now)
+        seen.append(beam.nodes)
+        seconds, tokens = seconds + now, tokens + 1 + accepted
     return seen, seconds, tokens
 
 
@@ -63,7 +66,7 @@ def test_flat_cost_and_a_good_drafter_draft_wide() -> None:
 def test_steep_cost_shrinks_to_a_chain() -> None:
     policy = Auto(Experience(table(0.4)), True, 64)
     drive(policy, 200, 0.8, True)
-    assert policy.best is not None and policy.best[0] == 1
+    assert policy.mode.best is not None and policy.mode.best.width == 1
 
 
 @pytest.mark.parametrize("slope", [0.01, 0.3, 1.0])
@@ -86,25 +89,40 @@ def test_it_comes_back() -> None:
     """Off with a wrong drafter; on again when the drafter is right."""
     policy = Auto(Experience(table(0.05)), True, 64)
     drive(policy, 100, 0.9, False)
-    assert policy.plain_left > 0
+    assert policy.mode.plain_left > 0
     seen, _, _ = drive(policy, 1500, 0.9, True)
     assert np.mean(np.array(seen[-200:]) > 1) > 0.9
 
 
+def test_no_trial_where_even_a_perfect_drafter_would_lose() -> None:
+    seen, _, _ = drive(Auto(Experience(table(1.0, draft=0.1)), True, 64), 300, 0.99, True)
+    assert set(seen) == {1}
+
+
+def test_the_verdict_outlives_a_generation() -> None:
+    experience = Experience(table(0.3))
+    drive(Auto(experience, True, 64), 20, 0.05, False)
+    seen, _, _ = drive(Auto(experience, True, 64), 10, 0.05, False)
+    assert set(seen) == {1}, "the second generation need not try again"
+    assert Auto(experience, False, 64).shape() is not None, "sampling has a verdict of its own"
+
+
 def test_times_correct_the_table() -> None:
-    policy = Auto(Experience(table(0.05)), True, 64)
+    known = Experience(table(0.05))
     for _ in range(60):
-        policy.observe(None, 1, 0, 1.5)
-    assert policy.experience.verify[1] == pytest.approx(1.5, abs=0.02)
-    policy.observe(None, 1, 0, 99.0)  # a pause of the process, not of the model
-    assert policy.experience.verify[1] == pytest.approx(1.5, abs=0.02)
+        known.note_time(1, 1.5)
+    assert known.verify[1] == pytest.approx(1.5, abs=0.02)
+    assert known.verify[8] > 1.05 * table(0.05).verify_seconds()[8], "the machine is slower for all sizes"
+    known.note_time(1, 99.0)  # a pause of the process, not of the model
+    assert known.verify[1] == pytest.approx(1.5, abs=0.02)
 
 
-def test_nodes_are_the_best_prefix() -> None:
+def test_verdict_by_hand() -> None:
     policy = Auto(Experience(table(0.2, draft=0.0)), True, 64)
     probs = np.array([[0.9, 0.05], [0.5, 0.2], [0.1, 0.05]])
     # a further row costs 0.2 of a step; 0.9 and 0.5 are worth it, 0.2 just not at (1 + 1.4) / 1.4
-    assert policy.nodes(Beam(2, 4, 7), np.log(probs).reshape(-1).tolist()) == 3
+    best = policy._verdict(np.log(probs)[None], np.ones(3))
+    assert best is not None and best.nodes == 3 and (best.width, best.length) == (1, 3)
 
 
 def test_text_is_plain_decodings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
