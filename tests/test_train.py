@@ -17,6 +17,7 @@ import pytest
 
 from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter, load_drafter, save_drafter
 from redrafter_mlx.target import Target
+from redrafter_mlx.train.calibrate import calibrate
 from redrafter_mlx.train.corpus import Corpus, WindowShape
 from redrafter_mlx.train.data import save_shard, shard_path
 from redrafter_mlx.train.generate import Written
@@ -353,6 +354,25 @@ def assert_same(one: Path, other: Path) -> None:
         # Not bit for bit: MKL rounds by memory alignment, which two runs do not share.
         # A lost moment, step or batch moves weights by about the learning rate, 3e-3.
         np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5, rtol=1e-4, err_msg=name)
+
+
+def test_calibration_undoes_a_scaling_of_the_logits(target: Target, data: Path, tmp_path: Path) -> None:
+    made = trainer(target, data, tmp_path)
+    made.run()
+
+    def fitted() -> tuple[float, ...]:
+        batches = made.corpus.held_out(made.settings.shape, 4000)
+        return calibrate(made.drafter, target, made.rows, batches, made.settings.objective.depths)
+
+    head = made.drafter.lm_head[-1]
+    head.weight = head.weight * 0.2
+    before = fitted()
+    head.weight = head.weight * 1.5
+    after = fitted()
+    inside = [d for d in range(3) if 0.5 < before[d] and after[d] < 2.5]
+    assert inside, "all at the grid's ends would prove nothing"
+    for depth in inside:
+        assert after[depth] / before[depth] == pytest.approx(1.5, rel=0.08)
 
 
 def test_a_stopped_run_continues_to_the_same_weights(target: Target, data: Path, tmp_path: Path) -> None:

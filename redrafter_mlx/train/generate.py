@@ -159,15 +159,16 @@ class _Batch:
             mx.eval(layer.state)
 
 
-def write(
+def write(  # noqa: PLR0913  (three by keyword)
     target: Target,
     rows: Sequence[Row],
     stop: frozenset[int],
     rng: np.random.Generator,
     with_contexts: bool = True,
     on_step: Callable[[int], None] | None = None,
+    cut_loops: bool = True,
 ) -> list[Written]:
-    """Continue every row until a stop token, its length, or a loop.
+    """Continue every row until a stop token, its length, or, unless told otherwise, a loop.
 
     Args:
         stop: token ids that end a text.
@@ -203,7 +204,7 @@ def write(
                 text.contexts.append(noted[slot].copy())
             count += 1
             text.stopped = token in stop
-            looped = watches[index].push(token)
+            looped = cut_loops and watches[index].push(token)
             done[index] = text.stopped or looped or len(text.tokens) >= rows[index].max_tokens
         if on_step is not None:
             on_step(count)

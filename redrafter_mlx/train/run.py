@@ -24,6 +24,7 @@ from redrafter_mlx.drafter import (
 )
 from redrafter_mlx.target import Target
 
+from .calibrate import calibrate
 from .corpus import Corpus
 from .data import Generator, Recipe
 from .prompts import Messages, read_excluded, read_prompts
@@ -196,8 +197,8 @@ class Export:
 
 
 def export(source: Path, out: Path, target: Target, corpus: Corpus, bits: int | None) -> Export:
-    """Write the drafter of `source` for shipping, as float16 or quantised, and measure what that
-    cost.
+    """Write the drafter of `source` for shipping, as float16 or quantised, calibrated on held-out
+    text, and measure what the rounding cost.
 
     Args:
         bits: 4 or 8; None for float16.
@@ -221,6 +222,9 @@ def export(source: Path, out: Path, target: Target, corpus: Corpus, bits: int | 
         quantize_drafter(drafter, bits, group_size)
         with_config(drafter, quantization={"bits": bits, "group_size": group_size})
     after = score()
+    if corpus.num_held_out:
+        batches = corpus.held_out(settings.shape, settings.validation_positions)
+        with_config(drafter, calibration=calibrate(drafter, target, rows, batches, depths))
     cards = [("README.md", (source / "README.md").read_text())]
     save_drafter(drafter, out, cards if (source / "README.md").is_file() else [])
     return Export(before, after, file_bytes(drafter))

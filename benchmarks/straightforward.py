@@ -1,0 +1,134 @@
+"""Our decode step against a straightforward port of the algorithm, at equal width x length and equal weights.
+
+The port does what Apple's MLX code does (recurrent_drafting.py, tree_attention.py): it verifies all W L rows, W copies
+of the root among them, cuts the logits to the 50 largest by partitioning the vocabulary, and waits for the device after
+the draft, after the verification and after the acceptance. It is written here for this comparison; the target, the KV
+cache and the drafter's weights are the same on both sides. Run: python -m benchmarks.straightforward --shapes 3x4 8x5
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import redrafter_mlx as rd  # before mlx
+
+# isort: split
+import argparse
+import json
+import sys
+import time
+
+import mlx.core as mx
+
+from redrafter_mlx import measure
+from redrafter_mlx.generation import Model, encode
+from redrafter_mlx.prompts import read_requests
+from redrafter_mlx.tree import Beam, TokenTree
+
+KEPT = 50
+
+
+def warp(logits: mx.array) -> mx.array:
+    """All but the 50 largest of every row set to -50000."""
+    index = mx.argpartition(-logits, KEPT, axis=-1)[..., :KEPT]
+    out = mx.full(logits.shape, -50000.0)
+    return mx.put_along_axis(out, index, mx.take_along_axis(logits, index, axis=-1), axis=-1)
+
+
+def draft(model: Model, hidden: mx.array, root: int, beam: Beam) -> mx.array:
+    """Beams (W, L), the root in column 0."""
+    drafter, width = model.drafter, beam.width
+    assert drafter is not None
+    ids = drafter.target_ids()
+    beams = mx.full((width, 1), root, dtype=mx.int32)
+    total = mx.array([0.0] + [-50000.0] * (width - 1))
+    state = drafter.next_state(None, model.target.embed(beams[:, 0]))
+    prepared = mx.broadcast_to(
+        drafter.prepare(hidden[None]), (width, drafter.prepare(hidden[None]).shape[-1])
+    )
+    for _ in range(beam.length - 1):
+        logits = warp(drafter.head(drafter.features(prepared, state)))
+        scores = (total[:, None] + logits - mx.logsumexp(logits, axis=-1, keepdims=True)).reshape(-1)
+        best = mx.argpartition(-scores, width - 1)[:width]
+        slot, token = best // logits.shape[1], (best % logits.shape[1]).astype(mx.int32)
+        token = token if ids is None else ids[token]
+        beams = mx.concatenate([beams[slot], token[:, None]], axis=1)
+        total = scores[best]
+        state = drafter.next_state(state[slot], model.target.embed(token))
+    mx.eval(beams)
+    return beams
+
+
+def rows_of(beams: mx.array) -> TokenTree:
+    """All W L tokens as a forest: every beam a chain of its own."""
+    width, length = beams.shape
+    rows = mx.arange(width * length, dtype=mx.int32)
+    depth = rows % length
+    mask = (rows[:, None] // length == rows // length) & (rows[:, None] >= rows)
+    return TokenTree(beams.reshape(-1), mx.where(depth == 0, rows, rows - 1), depth, mask, length - 1)
+
+
+def decode(model: Model, prompt: list[int], max_tokens: int, beam: Beam) -> measure.Run:
+    cache = model.target.new_cache()
+    cache.reserve(len(prompt) + max_tokens + 64)
+    begun = time.perf_counter()
+    out = model.target.extend(mx.array(prompt, dtype=mx.int32), cache)
+    root, hidden = int(mx.argmax(out.logits[0])), out.hidden[0]
+    mx.eval(hidden)
+    started = time.perf_counter()
+    tokens = [root]
+    while len(tokens) < max_tokens:
+        beams = draft(model, hidden, root, beam)
+        verified = model.target.verify(rows_of(beams), cache)
+        logits = warp(verified.logits)
+        mx.eval(logits, verified.hidden)
+        choice = mx.argmax(logits, axis=-1).reshape(beams.shape).astype(mx.int32)
+        agrees = (beams[:, 1:] == choice[:, :-1]).astype(mx.int32)
+        counts = mx.cumprod(agrees, axis=1).sum(axis=1)
+        best = int(mx.argmax(counts))
+        accepted = int(counts[best])
+        rows = [best * beam.length + depth for depth in range(accepted + 1)]
+        cache.keep(rows)
+        root = int(choice[best, accepted])
+        hidden = verified.hidden[rows[-1]]
+        tokens += [*beams[best, 1 : accepted + 1].tolist(), root]  # type: ignore[list-item, misc]
+        if model.tokenizer is not None and set(tokens[-accepted - 1 :]) & model.tokenizer.eos_token_ids:
+            break
+    return measure.Run(tokens[:max_tokens], started - begun, time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limit", type=int, default=4)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--shapes", nargs="+", default=["3x4", "4x4", "8x5"])
+    arguments = parser.parse_args()
+    model = rd.load()
+    requests = measure.spread(read_requests(measure.MT_BENCH), arguments.limit)
+    prompts = [encode(model, request.prompt) for request in requests]
+    result: dict[str, object] = {
+        **measure.machine(),
+        "prompts": len(prompts),
+        "max_tokens": arguments.max_tokens,
+    }
+    for shape in arguments.shapes:
+        beam = Beam.parse(shape)
+
+        def port(prompt: list[int], beam: Beam = beam) -> measure.Run:
+            return decode(model, prompt, arguments.max_tokens, beam)
+
+        arms = {"port": port, "ours": measure.own_arm(model, shape, arguments.max_tokens, rd.Sampling())}
+        *_, compared = measure.compare(arms, prompts, ["all"] * len(prompts))
+        pairs = zip(compared.runs["port"], compared.runs["ours"], strict=True)
+        same = all(all(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False)) for a, b in pairs)
+        result[shape] = {
+            "port_tokens_per_second": round(compared.rate("port")[1], 2),
+            "tokens_per_second": round(compared.rate("ours")[1], 2),
+            "ratio": round(compared.ratio("ours", "port")[1], 3),
+            "identical": same,
+        }
+        print(shape, result[shape], file=sys.stderr)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

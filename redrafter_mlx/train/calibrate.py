@@ -1,0 +1,53 @@
+"""One temperature per depth that makes a drafter's probabilities true ones.
+
+`auto` and the choice of nodes read path probabilities as what they say. A drafter is fitted on all positions of the
+text trained on and is surer of itself than it should be on others, the more so the deeper; dividing the logits of a
+depth by one number, fitted to the likelihood of held-out text, mends that (Guo et al., 1706.04599).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import mlx.core as mx
+import numpy as np
+
+from redrafter_mlx.drafter import RecurrentDrafter
+from redrafter_mlx.target import Target
+
+from .loss import Batch, depth_features
+
+TEMPERATURES = np.geomspace(0.5, 2.5, 25)
+
+
+def calibrate(
+    drafter: RecurrentDrafter, target: Target, rows: mx.array, batches: Iterable[Batch], depths: int
+) -> tuple[float, ...]:
+    """The temperature of greatest likelihood for each depth; 1 where there is nothing to fit on.
+
+    Args:
+        rows: (V, H) of the target's output embedding for the drafter's vocabulary.
+        batches: held-out text. Tokens outside the drafter's vocabulary do not count.
+    """
+    ids = drafter.target_ids()
+    draft_id = np.full(target.vocab_size, -1)
+    draft_id[np.arange(target.vocab_size) if ids is None else np.array(ids)] = np.arange(
+        drafter.config.draft_vocab
+    )
+    matrix = rows if drafter.config.head == "factored" else drafter.lm_head[-1].weight
+    loss, counted = np.zeros((depths, len(TEMPERATURES))), np.zeros(depths)
+    for batch in batches:
+        size = batch.left.shape[1]
+        for depth, features in enumerate(depth_features(drafter, batch, target.embed, depths)):
+            truth = draft_id[np.array(batch.tokens[:, 1 + depth : 1 + depth + size])]
+            index = np.flatnonzero(((np.array(batch.left) > depth) & (truth >= 0)).reshape(-1))
+            if not len(index):
+                continue
+            logits = features.reshape(-1, features.shape[-1])[mx.array(index)] @ matrix.T
+            own = mx.take_along_axis(logits, mx.array(truth.reshape(-1)[index])[:, None], axis=1)
+            for column, temperature in enumerate(TEMPERATURES.tolist()):
+                nll = mx.logsumexp(logits / temperature, axis=1) - own[:, 0] / temperature
+                loss[depth, column] += float(nll.sum())
+            counted[depth] += len(index)
+    best = TEMPERATURES[loss.argmin(axis=1)]
+    return tuple(round(float(t), 3) if n else 1.0 for t, n in zip(best, counted, strict=True))
