@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from .files import new_folder, read_json, read_safetensors
+from .files import new_folder, read_json, read_safetensors, write_safetensors
 from .weights import check, named, nbytes
 
 MODEL_TYPE = "recurrent_drafting_drafter"
@@ -395,7 +395,7 @@ def save_drafter(drafter: RecurrentDrafter, path: str | Path, extra: Sequence[tu
         text = json.dumps(drafter.config.to_dict(), indent=2, sort_keys=True)
         (folder / "config.json").write_text(text + "\n")
         weights = named(drafter)
-        mx.save_safetensors(str(folder / WEIGHTS), weights, metadata={"format": "mlx"})
+        write_safetensors(folder / WEIGHTS, weights, {"format": "mlx"})
         for name, content in extra:
             (folder / name).write_text(content)
 

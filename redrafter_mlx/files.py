@@ -55,6 +55,18 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
+def write_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, the disk being full, say (MLX itself raises a RuntimeError).
+    """
+    try:
+        mx.save_safetensors(str(path), arrays, metadata=metadata)
+    except RuntimeError as error:
+        raise OSError(f"{path.parent} cannot hold {path.name}: {error}") from None
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block ends without an error."""

@@ -118,6 +118,63 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not list(out.glob("*.safetensors"))
 
 
+FULL_DISK = """
+import resource, signal, sys
+from apps.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import redrafter_mlx.train.data, redrafter_mlx.train.trainer
+if sys.argv[1] == "training":
+    original = redrafter_mlx.train.trainer.Trainer.run
+    def run(self, *args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        return original(self, *args)
+    redrafter_mlx.train.trainer.Trainer.run = run
+else:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+@pytest.mark.parametrize("when", ["writing", "training"])
+def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(
+    folder: Path, tmp_path: Path, when: str
+) -> None:
+    """Files may grow to 20 kB only; a later run with room goes on where it was."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL_DISK, when, *arguments(folder, out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not list(out.rglob("*.part*")) and not (out / "last.safetensors").exists()
+    shards = list((out / "data").glob("shard-*.npz"))
+    assert len(shards) == (4 if when == "training" else 0)
+    assert not list((out / "data").glob("*.contexts.npy")) or when == "training"
+    if when == "training":
+        assert main(arguments(folder, out)) == 0
+
+
+def test_the_drafter_goes_to_the_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, object]] = []
+
+    class Api:
+        def create_repo(self, name: str, exist_ok: bool) -> None:
+            calls.append((name, exist_ok))
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    command = [*arguments(folder, tmp_path / "out"), "--epochs", "1", "--push-to-hub", "me/drafter"]
+    assert main(command) == 0
+    assert calls == [("me/drafter", True), ("me/drafter", ["README.md", "config.json", "model.safetensors"])]
+    assert "huggingface.co/me/drafter" in capsys.readouterr().out
+
+
 def test_a_target_without_a_chat_template(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

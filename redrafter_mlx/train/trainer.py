@@ -26,7 +26,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter, save_drafter, with_config
-from redrafter_mlx.files import new_file, read_safetensors
+from redrafter_mlx.files import new_file, read_safetensors, write_safetensors
 from redrafter_mlx.target import Target
 
 from .card import card
@@ -309,7 +309,7 @@ class Trainer:
             "acceptance": self.last_acceptance, "fingerprint": self._fingerprint(),
         }  # fmt: skip
         with new_file(self.folder / LAST) as path:
-            mx.save_safetensors(str(path), arrays, metadata={"state": json.dumps(state)})
+            write_safetensors(path, arrays, {"state": json.dumps(state)})
 
     def _fingerprint(self) -> str:
         """What a checkpoint must share with the run that continues it."""
