@@ -411,6 +411,29 @@ def test_a_killed_process_leaves_a_run_that_continues(target: Target, data: Path
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+LAUNCHER = Path(sys.executable).with_name("mlx.launch")
+
+
+@pytest.mark.skipif(not LAUNCHER.is_file(), reason="mlx.launch is not beside this interpreter")
+def test_two_processes_have_the_loss_curve_of_one(target: Target, data: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    code = KILLED.replace("print(p.step, flush=True)", "None")
+    (script := tmp_path / "run.py").write_text("import sys; sys.path.insert(0, sys.argv[3])" + code)
+    command = [str(LAUNCHER), "-n", "2", "--backend", "ring", "--", sys.executable, str(script)]
+    done = subprocess.run(
+        [*command, str(data), str(tmp_path / "two"), str(root)], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    trainer(target, data, tmp_path / "one").run()
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / METRICS).read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) > 2 and all("loss" in record for record in one)
+    for mine, theirs in zip(one[1:], two[1:], strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], abs=1e-4)
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     target: Target, data: Path, tmp_path: Path
 ) -> None:

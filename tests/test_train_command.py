@@ -16,7 +16,7 @@ import pytest
 
 from apps.cli import main
 
-from .toy import HIDDEN, VOCAB, make_model
+from .toy import _COMMON, FAMILIES, VOCAB, make_model
 
 # isort: split
 import mlx.core as mx
@@ -29,17 +29,12 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 64 words with a chat template; w2 ends a turn."""
-    path = tmp_path_factory.mktemp("target")
-    model = make_model("llama")
+def tiny_target(path: Path, family: str) -> Path:
+    """A random model of 64 words as a folder, with a chat template; w2 ends a turn."""
+    path.mkdir(exist_ok=True)
+    model = make_model(family)
     mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    config = {
-        "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": 3, "intermediate_size": 48,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": VOCAB,
-        "max_position_embeddings": 512, "tie_word_embeddings": False, "eos_token_id": 2,
-    }  # fmt: skip
+    config = {**_COMMON, **FAMILIES[family], "eos_token_id": 2}
     (path / "config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -47,6 +42,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "chat_template": TEMPLATE}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_target(tmp_path_factory.mktemp("target"), "llama")
 
 
 def arguments(folder: Path, out: Path) -> list[str]:
@@ -116,6 +116,39 @@ def test_mistakes_are_one_line_and_leave_nothing(
     error = capsys.readouterr().err
     assert f"error: {message}" in error.replace("\n", " ") and "Traceback" not in error
     assert not list(out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma"])
+def test_other_targets_from_start_to_figures(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text, training, export and use, through the commands; the drafter helps and changes nothing."""
+    target, out = tiny_target(tmp_path / "target", family), tmp_path / "out"
+    # hard targets: the distributions of random weights are nearly flat
+    assert main([*arguments(target, out), "--soft", "0", "--learning-rate", "0.005"]) == 0
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < records[1]["loss"] - 0.1, "random weights write text that is hard to guess"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"w{i} w{i + 7} w{3 * i}"}) + "\n" for i in range(5, 17))
+    )
+    found = {}
+    capsys.readouterr()
+    for draft in ("off", "4x3@8"):
+        command = [
+            "generate",
+            "--model",
+            str(target),
+            "--drafter",
+            str(out / "float16"),
+            "--json",
+            "--draft",
+            draft,
+        ]
+        assert main([*command, "--prompts", str(prompts), "--max-tokens", "32"]) == 0
+        found[draft] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["token_ids"] for r in found["off"]] == [r["token_ids"] for r in found["4x3@8"]]
+    assert sum(r["stats"]["accepted_tokens"] for r in found["4x3@8"]) > 5
 
 
 FULL_DISK = """
