@@ -16,6 +16,12 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
     out: Annotated[Path, typer.Option(help="Folder for the drafter, its checkpoints and its data.")],
     model: Annotated[str, typer.Option(help="Target.")] = "smollm2-135m-instruct",
     prompts: Annotated[Path | None, typer.Option(help="Prompts: .jsonl, .txt, or a folder of them.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answers the target wrote before (text.npz of an earlier run): no new ones are written."
+        ),
+    ] = None,
     self_prompt: Annotated[
         int, typer.Option(help="Answers to write; without --prompts to the target's own questions.")
     ] = 1000,
@@ -65,6 +71,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
     request = Request(
         out=out,
         prompts=prompts,
+        text=text,
         num_answers=self_prompt,
         exclude=exclude,
         context_layers=_context_layers(context_layers),
@@ -146,6 +153,7 @@ def _run(target: Any, tokenizer: Any, request: Request) -> Trainer:
 
 
 def _finish(trainer: Trainer, request: Request, quantize: int, push_to_hub: str) -> None:
+    from redrafter_mlx.train.data import Text
     from redrafter_mlx.train.plot import plot
     from redrafter_mlx.train.run import export
 
@@ -154,6 +162,8 @@ def _finish(trainer: Trainer, request: Request, quantize: int, push_to_hub: str)
         plot(out / "metrics.jsonl", out / "metrics.png")
     except ValueError as error:
         typer.echo(f"no plot: {error}", err=True)
+    if request.text is None and request.prompts is None:
+        Text.of(out / "data").save(out / "text.npz")
     for bits in (None, quantize) if quantize else (None,):
         folder = out / (f"{bits}bit" if bits else "float16")
         done = export(out, folder, trainer.target, trainer.corpus, bits)

@@ -118,6 +118,33 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not list(out.glob("*.safetensors"))
 
 
+def test_text_of_an_earlier_run_gives_the_same_states(folder: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main([*arguments(folder, first), "--epochs", "1"]) == 0
+    assert main([*arguments(folder, again), "--epochs", "1", "--text", str(first / "text.npz")]) == 0
+    assert not (again / "text.npz").exists()
+    shards = sorted((first / "data").glob("shard-*.npz"))
+    assert len(shards) == 4
+    for shard in shards:
+        with np.load(shard) as mine, np.load(again / "data" / shard.name) as theirs:
+            assert all(
+                np.allclose(mine[key], theirs[key], atol=1e-3) for key in ("tokens", "starts", "temperatures")
+            )
+            assert mine["prompts"].tolist() == theirs["prompts"].tolist()
+        name = shard.with_suffix(".contexts.npy").name
+        mine_contexts, theirs_contexts = np.load(first / "data" / name), np.load(again / "data" / name)
+        # rounded to float16 after sums of another order
+        np.testing.assert_allclose(mine_contexts.astype(float), theirs_contexts.astype(float), atol=5e-3)
+
+
+def test_text_that_is_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "text.npz"
+    broken.write_bytes(b"PK")
+    for file, message in ((broken, "does not hold answers"), (tmp_path / "no.npz", "no file")):
+        assert main([*arguments(folder, tmp_path / "out"), "--text", str(file)]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma"])
 def test_other_targets_from_start_to_figures(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -11,11 +11,13 @@ index and the shards before it: an interrupted run continues where it stopped, w
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx.files import new_file, read_json
@@ -25,6 +27,7 @@ from .generate import Row, Written, write
 from .prompts import ChatFormat, Messages, PromptFilter, self_prompts, tokenise, user_text
 
 RECIPE = "recipe.json"
+FORWARD_TOKENS = 4096  # in a forward that only computes states
 Progress = Callable[[int], None]
 
 
@@ -44,7 +47,7 @@ class Recipe:
     temperatures: tuple[float, ...] = (0.6, 0.8, 1.0)
     seed: int = 0
     prompts: str = "self"
-    """"self", or a fingerprint of the prompts given."""
+    """"self", or a fingerprint of the prompts or the text given."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "max_tokens"):
@@ -86,6 +89,90 @@ def save_shard(
 def list_shards(folder: Path) -> list[Path]:
     """The complete shards of a folder, in order."""
     return sorted(p for p in folder.glob("shard-*.npz") if contexts_path(p).is_file())
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Answers without their states: small enough to keep, the states can be computed again.
+
+    A file of it holds `tokens` (n,), `lengths` and `temperatures` (rows,), and `prompts`: UTF-8, separated by
+    zero bytes.
+    """
+
+    prompts: list[str]
+    """What the user said, in one turn each."""
+    temperatures: list[float]
+    answers: list[list[int]]
+
+    @classmethod
+    def load(cls, path: Path) -> Text:
+        """Raises FileNotFoundError or ValueError where `path` is no such file."""
+        if not path.is_file():
+            raise FileNotFoundError(f"--text: no file {path}")
+        try:
+            with np.load(path) as data:
+                prompts = bytes(data["prompts"]).decode().split("\0")
+                temperatures, lengths = data["temperatures"].astype(np.float32).tolist(), data["lengths"]
+                answers = np.split(data["tokens"].astype(np.int32), np.cumsum(lengths)[:-1])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"--text: {path} does not hold answers, or is cut short: {error}") from None
+        if not len(prompts) == len(temperatures) == len(answers):
+            raise ValueError(
+                f"--text: {path} must have as many prompts as temperatures and answers, "
+                f"not {len(prompts)}, {len(temperatures)} and {len(answers)}"
+            )
+        return cls(prompts, temperatures, [answer.tolist() for answer in answers])
+
+    @classmethod
+    def of(cls, folder: Path) -> Text:
+        """The text of a folder of shards."""
+        text = cls([], [], [])
+        for path in list_shards(folder):
+            with np.load(path) as data:
+                text.prompts.extend(map(str, data["prompts"]))
+                text.temperatures.extend(data["temperatures"].tolist())
+                text.answers.extend(a.tolist() for a in np.split(data["tokens"], data["starts"][1:-1]))
+        return text
+
+    def save(self, path: Path) -> None:
+        with new_file(path) as part, part.open("wb") as file:
+            np.savez_compressed(
+                file,
+                tokens=np.concatenate(self.answers).astype(np.int32),
+                lengths=np.array([len(answer) for answer in self.answers], dtype=np.int32),
+                temperatures=np.array(self.temperatures, dtype=np.float16),
+                prompts=np.frombuffer("\0".join(self.prompts).encode(), dtype=np.uint8),
+            )
+
+
+def states(
+    target: Target,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    on_step: Progress | None = None,
+) -> list[Written]:
+    """Answers with the states the target would have chosen their tokens in, in large batched forwards.
+
+    Rows of a batch are of similar length and padded behind their end, which a causal model does not see.
+    """
+    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    out = [Written()] * len(order)
+    while order:
+        longest = lengths[order[-1]]
+        count = max(1, FORWARD_TOKENS // longest)
+        order, chosen = order[:-count], order[-count:]
+        rows = np.zeros((len(chosen), longest), dtype=np.int32)
+        for row, index in zip(rows, chosen, strict=True):
+            row[: lengths[index]] = prompts[index] + answers[index]
+        contexts = np.array(target.contexts(mx.array(rows)).astype(mx.float16))
+        for context, index in zip(contexts, chosen, strict=True):
+            begin = len(prompts[index]) - 1  # the state before an answer's first token is its prompt's last
+            own = context[begin : begin + len(answers[index])]
+            out[index] = Written(list(answers[index]), list(own))
+        if on_step is not None:
+            on_step(sum(len(answers[index]) for index in chosen))
+    return out
 
 
 class Generator:
@@ -155,6 +242,21 @@ class Generator:
                 total += self._answer(shard, batch, rng, on_step)
             shards, num_answers = shards + 1, num_answers - wanted
         return total
+
+    def run_text(self, text: Text, on_step: Progress | None = None) -> int:
+        """Write shards of answers that the target wrote before: only their states are computed.
+        Returns their tokens."""
+        kept = [i for i, prompt in enumerate(text.prompts) if self.filter.accepts(prompt)]
+        for shard, begin in enumerate(range(0, len(kept), self.recipe.rows)):
+            path = shard_path(self.folder, shard)
+            if path in list_shards(self.folder):
+                continue
+            rows = kept[begin : begin + self.recipe.rows]
+            prompts = [text.prompts[i] for i in rows]
+            asked = [tokenise(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+            written = states(self.target, asked, [text.answers[i] for i in rows], on_step)
+            save_shard(path, prompts, [text.temperatures[i] for i in rows], written)
+        return sum(len(text.answers[i]) for i in kept)
 
     def _take(self, prompts: Any, count: int) -> list[Messages]:
         taken: list[Messages] = []

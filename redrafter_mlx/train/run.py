@@ -26,7 +26,7 @@ from redrafter_mlx.target import Target
 
 from .calibrate import calibrate
 from .corpus import Corpus
-from .data import Generator, Recipe
+from .data import Generator, Recipe, Text
 from .prompts import Messages, read_excluded, read_prompts
 from .trainer import Progress, Settings, Trainer, acceptance, new_drafter
 
@@ -73,6 +73,8 @@ class Request:
     """Folder of the drafter, its checkpoints and, under `data`, its text."""
     prompts: Path | None = None
     """File or folder of prompts; None: the target writes its own."""
+    text: Path | None = None
+    """Answers that the target wrote before (see `Text`), used instead of new ones."""
     num_answers: int = 1000
     """Answers to write; with `prompts`, at most."""
     exclude: Path | None = None
@@ -128,6 +130,9 @@ def write_data(
     """
     if request.num_answers < 1:
         raise ValueError(f"the number of answers must be at least 1, not {request.num_answers}")
+    if request.text and request.prompts:
+        raise ValueError(f"give --text {request.text} or --prompts {request.prompts}, not both")
+    text = Text.load(request.text) if request.text else None
     prompts = read_prompts(request.prompts) if request.prompts else []
     excluded = read_excluded(request.exclude) if request.exclude else []
     layers = request.context_layers
@@ -139,14 +144,16 @@ def write_data(
         rows=request.rows,
         max_tokens=request.max_tokens,
         seed=request.data_seed,
-        prompts=_fingerprint(prompts) if prompts else "self",
+        prompts=_fingerprint(text.answers if text else prompts) if text or prompts else "self",
     )
     generator = Generator(target, tokenizer, request.out / "data", recipe, excluded)
+    if text is not None:
+        return generator.run_text(text, on_step)
     return generator.run(request.num_answers, prompts, on_step)
 
 
-def _fingerprint(prompts: list[Messages]) -> str:
-    return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16]
+def _fingerprint(texts: list[Messages] | list[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_trainer(target: Target, request: Request) -> Trainer:
