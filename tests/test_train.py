@@ -28,9 +28,9 @@ from redrafter_mlx.train.loss import (
     cross_entropy,
     cross_entropy_of_head,
     depth_features,
-    matches,
 )
 from redrafter_mlx.train.prompts import is_held_out
+from redrafter_mlx.train.replay import Replay, replay
 from redrafter_mlx.train.run import (
     Request,
     Shape,
@@ -40,7 +40,8 @@ from redrafter_mlx.train.run import (
     weights_per_step,
 )
 from redrafter_mlx.train.scaling import Scaling
-from redrafter_mlx.train.trainer import METRICS, Settings, Trainer, acceptance, new_drafter
+from redrafter_mlx.train.trainer import METRICS, Settings, Trainer, new_drafter
+from redrafter_mlx.tree import Beam
 
 from .toy import HIDDEN, VOCAB, make_drafter, make_target
 
@@ -203,25 +204,6 @@ def test_soft_targets_are_the_targets_distribution(target: Target, data: Path) -
     assert losses[0.25] == pytest.approx(0.25 * soft.item() + 0.75 * hard.item(), rel=1e-4)
 
 
-def test_a_match_needs_all_matches_before_it(target: Target, data: Path) -> None:
-    batch = a_batch(data)
-    drafter = new_drafter(config(), target, Corpus([data]))
-    rows = target.output_rows(drafter.target_ids())
-    kept = np.array(matches(drafter, batch, target.embed, rows, 3))
-    for position in range(8):
-        logits = drafter.logits(
-            batch.contexts[:, position], batch.tokens[:, position : position + 3], target.embed
-        )
-        ids = drafter.target_ids()
-        assert ids is not None
-        guesses = np.array(ids[mx.argmax(logits, axis=-1)])
-        follow = np.array(batch.tokens[:, position + 1 : position + 4])
-        left = np.array(batch.left[:, position])
-        for window in range(3):
-            right = [guesses[window, k] == follow[window, k] and left[window] > k for k in range(3)]
-            assert kept[:, window, position].tolist() == [all(right[: k + 1]) for k in range(3)]
-
-
 # --- corpus ------------------------------------------------------------------------------------
 
 
@@ -296,8 +278,15 @@ def test_training_learns(target: Target, data: Path, tmp_path: Path) -> None:
     made = trainer(target, data, tmp_path, epochs=30, validate_every=100)
 
     def on_training_text() -> float:
-        batches = made.corpus.epoch(0, 9, SETTINGS.shape)
-        return acceptance(made.drafter, target, made.rows, batches, 3)[0][0]
+        shard = made.corpus.shards[0]
+        spans = np.split(shard.training, np.flatnonzero(shard.left[shard.training] == 0) + 1)
+        found = Replay()
+        for span in spans[:-1]:
+            for accepted in replay(
+                made.drafter, target.embed, shard.contexts[span], shard.tokens[span].tolist(), Beam(1, 4)
+            ):
+                found.add(accepted)
+        return found.tokens_per_step
 
     before = on_training_text()
     best = made.run()

@@ -32,8 +32,8 @@ def card(config: DrafterConfig, record: dict[str, Any]) -> str:
         "training": f"step {record['step']} of {record['steps']}, {training.get('epochs')} epochs, "
         f"AdamW, learning rate {training.get('learning_rate')}, seed {training.get('seed')}",
         f"held out, one beam of {objective.get('depths', 0) + 1} (root included)": (
-            f"{record['tokens_per_step']:.3f} tokens per step on {record['held_out_positions']} "
-            f"positions, teacher forced; all guesses right up to each depth: {by_depth}"
+            f"{record['tokens_per_step']:.3f} tokens per step over {record['held_out_steps']} "
+            f"decode steps; accepted at least up to each depth: {by_depth}"
         ),
     }
     for number, run in enumerate(training.get("earlier", []), 1):

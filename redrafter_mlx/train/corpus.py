@@ -137,6 +137,19 @@ class Corpus:
         for begin in range(0, len(table), shape.windows):
             yield self._batch(table[begin : begin + shape.windows], positions, shape)
 
+    def held_out_answers(self, limit: int) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """Held-out greedy answers of about `limit` tokens together, spread over the shards: contexts
+        (n, C) and tokens."""
+        spans = [
+            (shard, span)
+            for shard in self.shards
+            for span in np.split(shard.held_out, np.flatnonzero(shard.left[shard.held_out] == 0) + 1)
+            if len(span)
+        ]
+        total = sum(len(span) for _, span in spans)
+        for shard, span in spans[:: max(1, total // max(1, limit))]:
+            yield shard.contexts[span], shard.tokens[span].tolist()
+
     def _batch(
         self, chosen: Sequence[tuple[int, int]], positions: Sequence[np.ndarray], shape: WindowShape
     ) -> Batch:

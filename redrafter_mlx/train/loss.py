@@ -231,17 +231,3 @@ def batch_loss(
         )
         loss = loss + outputs[0]
     return loss
-
-
-def matches(drafter: RecurrentDrafter, batch: Batch, embed: Embed, rows: mx.array, depths: int) -> mx.array:
-    """Whether the drafter's best guess is the token that followed, and all its guesses before. (K,
-    N, P) bool."""
-    size, ids = batch.left.shape[1], drafter.target_ids()
-    matrix = rows if drafter.config.head == "factored" else drafter.lm_head[-1].weight
-    kept, out = mx.ones(batch.left.shape, dtype=mx.bool_), []
-    for depth, features in enumerate(depth_features(drafter, batch, embed, depths)):
-        best = mx.argmax(features @ matrix.T, axis=-1)
-        best = best if ids is None else ids[best]
-        kept = kept & (best == batch.tokens[:, 1 + depth : 1 + depth + size]) & (batch.left > depth)
-        out.append(kept)
-    return mx.stack(out)

@@ -18,10 +18,12 @@ from redrafter_mlx.drafter import Embed, RecurrentDrafter
 from redrafter_mlx.search import search
 from redrafter_mlx.tree import Beam
 
+from .corpus import Corpus
+
 
 @dataclass(slots=True)
 class Replay:
-    """Steps that decoding would take, and what they would bring."""
+    """Steps that decoding takes, and what they bring."""
 
     steps: int = 0
     accepted_by_depth: list[int] = field(default_factory=list)
@@ -30,6 +32,11 @@ class Replay:
     @property
     def tokens_per_step(self) -> float:
         return 1 + sum(self.accepted_by_depth) / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Share of steps in which at least 1, 2, ... draft tokens were accepted."""
+        return tuple(count / self.steps for count in self.accepted_by_depth)
 
     def add(self, accepted: int) -> None:
         self.steps += 1
@@ -83,3 +90,13 @@ def replay(
         )  # fmt: skip
         yield accepted
         position += accepted + 1
+
+
+def held_out(drafter: RecurrentDrafter, embed: Embed, corpus: Corpus, beam: Beam, limit: int) -> Replay:
+    """What decoding with the drafter brings on about `limit` tokens of held-out answers."""
+    drafter.settle()
+    found = Replay()
+    for contexts, tokens in corpus.held_out_answers(limit):
+        for accepted in replay(drafter, embed, contexts, tokens, beam):
+            found.add(accepted)
+    return found

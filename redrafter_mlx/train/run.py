@@ -23,12 +23,16 @@ from redrafter_mlx.drafter import (
     with_config,
 )
 from redrafter_mlx.target import Target
+from redrafter_mlx.tree import Beam
 
 from .calibrate import calibrate
 from .corpus import Corpus
 from .data import Generator, Recipe, Text
 from .prompts import Messages, read_excluded, read_prompts
-from .trainer import Progress, Settings, Trainer, acceptance, new_drafter
+from .replay import held_out
+from .trainer import Progress, Settings, Trainer, new_drafter
+
+CALIBRATION_POSITIONS = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +170,7 @@ def make_trainer(target: Target, request: Request) -> Trainer:
         if drafter.config.quantization:
             raise ValueError(f"{request.start_from} is quantised: go on from what it was made of")
         drafter.freeze(keys=["d2t"], recurse=False)
+        with_config(drafter, calibration=())  # that of the old weights
     return Trainer(drafter, target, corpus, request.out, request.settings)
 
 
@@ -218,8 +223,8 @@ def export(source: Path, out: Path, target: Target, corpus: Corpus, bits: int | 
     rows = target.output_rows(drafter.target_ids()).astype(mx.float32)
 
     def score() -> float:
-        batches = corpus.held_out(settings.shape, settings.validation_positions)
-        return 1 + sum(acceptance(drafter, target, rows, batches, depths)[0])
+        beam = Beam(1, depths + 1)
+        return held_out(drafter, target.embed, corpus, beam, settings.validation_tokens).tokens_per_step
 
     before = score()
     if bits is None:
@@ -230,8 +235,8 @@ def export(source: Path, out: Path, target: Target, corpus: Corpus, bits: int | 
         with_config(drafter, quantization={"bits": bits, "group_size": group_size})
     after = score()
     if corpus.num_held_out:
-        batches = corpus.held_out(settings.shape, settings.validation_positions)
+        batches = corpus.held_out(settings.shape, CALIBRATION_POSITIONS)
         with_config(drafter, calibration=calibrate(drafter, target, rows, batches, depths))
-    cards = [("README.md", (source / "README.md").read_text())]
-    save_drafter(drafter, out, cards if (source / "README.md").is_file() else [])
+    card = source / "README.md"
+    save_drafter(drafter, out, [(card.name, card.read_text())] if card.is_file() else [])
     return Export(before, after, file_bytes(drafter))

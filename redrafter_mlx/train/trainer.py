@@ -28,10 +28,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter, save_drafter, with_config
 from redrafter_mlx.files import new_file, read_safetensors, write_safetensors
 from redrafter_mlx.target import Target
+from redrafter_mlx.tree import Beam
 
 from .card import card
 from .corpus import Corpus, WindowShape
-from .loss import Batch, Objective, batch_loss, matches
+from .loss import Batch, Objective, batch_loss
+from .replay import held_out
 from .scaling import Scaling, Weights, start
 
 LAST, METRICS = "last.safetensors", "metrics.jsonl"
@@ -58,7 +60,8 @@ class Settings:
     seed: int = 0
     validate_every: int = 200
     """Steps between validations, each with a checkpoint."""
-    validation_positions: int = 4000
+    validation_tokens: int = 2000
+    """Of held-out answers that are decoded with the drafter in a validation."""
     patience: int = 0
     """Validations without improvement before stopping early; 0: never."""
 
@@ -85,7 +88,7 @@ class Progress:
     positions_per_second: float
     seconds_left: float
     acceptance: tuple[float, ...] = ()
-    """Share of held-out positions where the guesses up to each depth all hold; of the last
+    """Share of decode steps on held-out text in which the guesses up to each depth were accepted, at the last
     validation"""
 
     @property
@@ -108,22 +111,6 @@ def new_drafter(config: DrafterConfig, target: Target, corpus: Corpus, seed: int
     start(drafter, Scaling.of(corpus, target))
     mx.eval(drafter.parameters())
     return drafter.bind(target)
-
-
-def acceptance(
-    drafter: RecurrentDrafter, target: Target, rows: mx.array, batches: Iterator[Batch], depths: int
-) -> tuple[tuple[float, ...], int]:
-    """Teacher-forced acceptance by depth (prefix matches) and how many positions it was measured
-    on."""
-    hits, positions = np.zeros(depths), 0
-    for batch in batches:
-        found = matches(drafter, batch, target.embed, rows, depths)
-        # positions at the very end of an answer have nothing to guess at some depths: leave them
-        # out
-        counted = batch.left >= depths
-        hits += np.array((found & counted).sum(axis=(1, 2)))
-        positions += int(np.array(counted).sum())
-    return tuple(float(h) for h in hits / max(1, positions)), positions
 
 
 class Trainer:
@@ -264,11 +251,11 @@ class Trainer:
         s, depths = self.settings, self.settings.objective.depths
         self.drafter.update(self.scaling.fold(self.weights))
         mx.eval(self.drafter.parameters())
-        batches = self.corpus.held_out(s.shape, s.validation_positions)
-        self.last_acceptance, positions = acceptance(self.drafter, self.target, self.rows, batches, depths)
-        score = 1 + sum(self.last_acceptance)
+        beam = Beam(1, depths + 1)
+        found = held_out(self.drafter, self.target.embed, self.corpus, beam, s.validation_tokens)
+        self.last_acceptance, score = found.acceptance, found.tokens_per_step
         self.stale += 1
-        is_best = score > self.best or not positions
+        is_best = score > self.best or not found.steps
         if is_best:
             self.best, self.stale = score, 0
         if self.group.rank():
@@ -279,7 +266,7 @@ class Trainer:
             "positions": self.step * s.windows * s.window,
             "loss": None if math.isnan(loss) else loss,
             "tokens_per_step": score,
-            "held_out_positions": positions,
+            "held_out_steps": found.steps,
             "acceptance": self.last_acceptance,
             "learning_rate": self.optimizer.learning_rate.item(),
             "seconds": round(self.seconds, 1),
