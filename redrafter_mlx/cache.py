@@ -107,13 +107,16 @@ class LayerCache:
             grown.append(tail if head is None else mx.concatenate([head, tail], axis=2))
         return tuple(grown)
 
-    def gather(self, path: mx.array) -> None:
-        """Move the pending rows `path` (n,) to the front of the pending ones."""
-        first, count = self._shared.length - self.start, path.shape[0]
-        for buffers in (self.keys, self.values):
-            assert buffers is not None
-            for buffer in buffers:
-                buffer[..., first : first + count, :] = mx.take(buffer, path + first, axis=2)
+    def pick(self, path: mx.array) -> list[mx.array]:
+        """The pending rows `path` (n,), of every buffer."""
+        rows = path + (self._shared.length - self.start)
+        return [mx.take(buffer, rows, axis=2) for buffer in self.arrays()]
+
+    def put(self, picked: Sequence[mx.array]) -> None:
+        """Write rows to the front of the pending ones."""
+        first = self._shared.length - self.start
+        for buffer, rows in zip(self.arrays(), picked, strict=True):
+            buffer[..., first : first + rows.shape[2], :] = rows
 
     def drop_old(self, length: int) -> None:
         """Forget rows that no later position can attend to, a block at a time."""
@@ -188,8 +191,12 @@ class KVCache:
         """Commit the nodes of `path`, root first. A path of the first rows is a trim, any other one gather."""
         if any(node != row for row, node in enumerate(path)):
             rows = mx.array(list(path), dtype=mx.int32)
-            for layer in self.layers:
-                layer.gather(rows)
+            picked = [layer.pick(rows) for layer in self.layers]
+            # Set going before the buffers are written: a buffer that an unlaunched operation still reads
+            # would be copied whole instead of being written in place.
+            mx.async_eval(picked)
+            for layer, own in zip(self.layers, picked, strict=True):
+                layer.put(own)
         self.commit(len(path))
 
     def trim(self, count: int) -> None:

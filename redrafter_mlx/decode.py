@@ -125,9 +125,8 @@ class Decoder:
         self.draft: Draft | None = None
         self._height = 1  # tokens the step under way can emit
         self.ahead: mx.array | None = None  # token of a plain step that was launched and not yet read
-        self.wanted: float = float(
-            "inf"
-        )  # tokens still wanted after the first; no plain step is launched for more
+        # tokens still wanted after the first; no plain step is launched for more
+        self.wanted = float("inf")
 
     def prefill(self, tokens: Sequence[int], history: Sequence[int] = ()) -> int:
         """Process the prompt in blocks and choose the first token. `history`: what the cache holds

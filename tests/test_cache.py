@@ -110,8 +110,8 @@ def test_first_rows_are_a_trim_and_others_one_gather(monkeypatch: pytest.MonkeyP
     target, cache, _ = setup("llama")
     gathered: list[int] = []
     layer = type(cache.layers[0])
-    original = layer.gather
-    monkeypatch.setattr(layer, "gather", lambda self, p: (gathered.append(1), original(self, p))[1])
+    original = layer.pick
+    monkeypatch.setattr(layer, "pick", lambda self, p: (gathered.append(1), original(self, p))[1])
     target.verify(chain(mx.array([1, 2, 3, 4])), cache)
     cache.keep([0, 1, 2])
     assert not gathered and cache.length == 3

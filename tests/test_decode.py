@@ -177,3 +177,33 @@ def test_refuses_bad_prompts() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             stream_generate(model, prompt)
+
+
+@pytest.mark.parametrize("draft", ["off", "3x3@5"])
+def test_memory_does_not_grow_with_the_text(draft: str) -> None:
+    """A graph that is never let go would hold every step's arrays; only attention's scores may grow."""
+    model = make("llama")
+    model.target.max_length = 8192
+    peaks = [
+        chunk.stats.peak_memory_bytes
+        for chunk in stream_generate(model, PROMPT, max_tokens=4000, draft=draft)
+    ]
+    heads, rows, copies = 4, 5, 4
+    assert len(peaks) == 4000
+    assert peaks[-1] - peaks[200] <= copies * heads * rows * 4000 * 4
+
+
+@pytest.mark.parametrize("draft", ["off", "1x3", "3x3@5"])
+def test_the_cache_is_written_in_place(draft: str) -> None:
+    cache, model = PromptCache(), make("llama")
+
+    def addresses() -> list[int]:
+        assert cache.kv is not None
+        views = [np.array(array, copy=False) for array in cache.kv.arrays()]
+        return [view.__array_interface__["data"][0] for view in views]
+
+    seen = []
+    for index, _ in enumerate(stream_generate(model, PROMPT, max_tokens=60, draft=draft, cache=cache)):
+        if index in (10, 50):
+            seen.append(addresses())
+    assert len(seen[0]) == 6 and seen[0] == seen[1]
