@@ -35,6 +35,10 @@ LOOK = 24  # steps between two wide searches
 FIRST_PAUSE, LONGEST_PAUSE = 32, 1024  # plain steps before drafting is tried again
 PROBE_EVERY, PROBE = 128, 4  # drafted steps, then a few plain ones, to know what a plain one costs now
 MARGIN = 1.05  # drafting must beat plain decoding by this: the prediction is no better than its table
+EARLY_MARGINS = {
+    TRIAL: 0.9,
+    2 * TRIAL: 1.0,
+}  # first verdicts rest on a few steps: only what is hopeless ends there
 
 
 @dataclass(slots=True)
@@ -133,8 +137,9 @@ class Auto(Off):
         if (beam.width, beam.length) == (self.wide.width, self.wide.length):
             mode.wide.append(logprobs)
         mode.drafted += 1
-        if mode.drafted == TRIAL or mode.drafted % REVISE == 0:
-            mode.best = self._verdict(np.stack(mode.wide), mode.trust)
+        if mode.drafted in EARLY_MARGINS or mode.drafted % REVISE == 0:
+            margin = EARLY_MARGINS.get(mode.drafted, MARGIN)
+            mode.best = self._verdict(np.stack(mode.wide), mode.trust, margin)
             if mode.best is None:
                 self._stop()
             elif mode.drafted >= 4 * REVISE:
@@ -142,9 +147,11 @@ class Auto(Off):
         if mode.drafted % PROBE_EVERY == REVISE:
             mode.plain_left = PROBE
 
-    def _verdict(self, logprobs: np.ndarray, trust: np.ndarray) -> Beam | None:
-        """The draft of most tokens per second for searches (k, L-1, W); None: plain decoding."""
-        verify, best, best_rate = self.known.verify, None, MARGIN / self.known.verify[1]
+    def _verdict(self, logprobs: np.ndarray, trust: np.ndarray, margin: float = MARGIN) -> Beam | None:
+        """The draft of most tokens per second for searches (k, L-1, W); None: none beats plain decoding by
+        `margin`.
+        """
+        verify, best, best_rate = self.known.verify, None, margin / self.known.verify[1]
         for width, length in self.shapes:
             part = logprobs[:, : length - 1, :width]
             order = (-part).reshape(len(part), -1).argsort(axis=1, kind="stable")
