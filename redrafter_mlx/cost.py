@@ -38,7 +38,7 @@ WIDTHS = (1, 2, 4, 8)
 BUDGET_SECONDS = 8.0
 CONTEXT = 128  # positions in the cache while measuring
 PLAIN_STEPS = 3
-VERSION = 3
+VERSION = 6
 
 
 @dataclass(slots=True)
@@ -48,7 +48,8 @@ class CostTable:
     rows: dict[int, float]
     """C(n) at the measured n"""
     first_level: dict[int, float]
-    """seconds of a search with one level, by width"""
+    """seconds a search with one level adds to a step, by width; below 0 where it ends before the host has built
+    the verification that runs after it"""
     per_level: dict[int, float]
     """seconds of every further level, by width"""
 
@@ -63,11 +64,11 @@ class CostTable:
         return seconds
 
     def draft_seconds(self, width: int, length: int) -> float:
-        """Seconds of a search with W = width, L = length (root counted)."""
+        """Seconds that a search with W = width, L = length (root counted) adds to a step."""
         known = sorted(self.first_level)
         first = float(np.interp(width, known, [self.first_level[w] for w in known]))
         level = float(np.interp(width, known, [self.per_level[w] for w in known]))
-        return first + level * (length - 2)
+        return max(0.0, first + level * (length - 2))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -145,40 +146,52 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
     def choice(nodes: mx.array) -> mx.array:
         return mx.argmax(target.verify(chain(nodes), cache).logits, axis=-1).astype(mx.int32)
 
-    def plain() -> float:
-        """As plain decoding runs: a step is launched before the token of the one before is read."""
-        token, ahead, begun = tokens[:1], tokens, 0.0
-        for _ in range(PLAIN_STEPS):
-            token = choice(token)
-            mx.async_eval(token)
-            mx.eval(ahead)
-            begun, ahead = begun or time.perf_counter(), token
-        mx.eval(ahead)
-        return (time.perf_counter() - begun) / PLAIN_STEPS
-
     def forward(rows: int) -> Callable[[], float]:
         return lambda: _seconds(lambda: choice(tokens[:rows]))
 
     def draft(width: int, length: int) -> Callable[[], float]:
         root = mx.array(0, dtype=mx.int32)
 
-        def run() -> mx.array:
-            return search(drafter, context, root, target.embed, width=width, length=length).logprobs
+        def run() -> float:
+            levels = search(drafter, context, root, target.embed, width=width, length=length)
+            begun = time.perf_counter()
+            mx.eval(levels.logprobs)
+            return time.perf_counter() - begun
 
-        return lambda: _seconds(run)
+        return run
+
+    def host() -> float:
+        """Building a forward, which the host does while the device drafts."""
+        begun = time.perf_counter()
+        choice(tokens[:4])
+        return time.perf_counter() - begun
 
     widths = [w for w in WIDTHS if w <= drafter.config.draft_vocab]
-    jobs: dict[tuple[str, int, int], Callable[[], float]] = {}
+    jobs: dict[tuple[str, int, int], Callable[[], float]] = {("host", 0, 0): host}
     for width in widths:
         for length in (2, 5):
             jobs["draft", width, length] = draft(width, length)
     for rows in ROWS:
-        jobs["rows", rows, 0] = forward(rows) if rows > 1 else plain
+        jobs["rows", rows, 0] = forward(rows) if rows > 1 else lambda: _plain_seconds(choice, tokens[:1])
     times = _interleaved(jobs, budget)
     rows_seconds = {key[1]: value for key, value in times.items() if key[0] == "rows"}
-    first = {w: times["draft", w, 2] for w in widths}
-    level = {w: max(0.0, (times["draft", w, 5] - first[w]) / 3) for w in widths}
+    first = {w: times["draft", w, 2] - times["host", 0, 0] for w in widths}
+    level = {w: max(0.0, (times["draft", w, 5] - times["draft", w, 2]) / 3) for w in widths}
     return CostTable(rows_seconds, first, level)
+
+
+def _plain_seconds(choice: Callable[[mx.array], mx.array], token: mx.array) -> float:
+    """A step as plain decoding runs it: launched before the token of the one before is read."""
+    ahead, begun = None, 0.0
+    for _ in range(1 + PLAIN_STEPS):
+        token = choice(token)
+        mx.async_eval(token)
+        if ahead is not None:
+            ahead.item()  # mx.eval would wait for the step just launched as well
+            begun = begun or time.perf_counter()
+        ahead = token
+    mx.eval(ahead)
+    return (time.perf_counter() - begun) / PLAIN_STEPS
 
 
 def _seconds(build: Callable[[], mx.array]) -> float:

@@ -227,7 +227,9 @@ class Decoder:
 
     def _read_plain(self, token: mx.array, begun: float) -> list[int]:
         self.stats.syncs += 1
-        tokens = [int(token[0])]
+        tokens = [
+            int(token.item())
+        ]  # an operation on it, token[0], would queue behind the step just launched
         self._note(None, 1, tokens, begun)
         return tokens
 
