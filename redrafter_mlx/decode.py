@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import mlx.core as mx
 
@@ -227,9 +228,8 @@ class Decoder:
 
     def _read_plain(self, token: mx.array, begun: float) -> list[int]:
         self.stats.syncs += 1
-        tokens = [
-            int(token.item())
-        ]  # an operation on it, token[0], would queue behind the step just launched
+        # an operation on it, token[0], would queue behind the step just launched
+        tokens = [cast(int, token.item())]
         self._note(None, 1, tokens, begun)
         return tokens
 
