@@ -1,7 +1,7 @@
 """One temperature per depth that makes a drafter's probabilities true ones.
 
 `auto` and the choice of nodes read path probabilities as what they say. A drafter is fitted on all positions of the
-text trained on and is surer of itself than it should be on others, the more so the deeper; dividing the logits of a
+text trained on, towards soft targets, and is more or less sure of itself than it should be; dividing the logits of a
 depth by one number, fitted to the likelihood of held-out text, mends that (Guo et al., 1706.04599).
 """
 
