@@ -37,11 +37,20 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
     soft: Annotated[
         float, typer.Option(help="1: learn the target's distribution; 0: the tokens only.")
     ] = 1.0,
+    reach: Annotated[
+        float,
+        typer.Option(help="1: a later token counts as far as the drafter's own guesses get there; 0: fully."),
+    ] = 0.0,
     exit_dim: Annotated[
         int | None, typer.Option(help="Width of the drafter. Default: from the hidden size.")
     ] = None,
     layers: Annotated[int, typer.Option(help="Residual blocks.")] = 2,
-    draft_vocab: Annotated[int, typer.Option(help="Commonest tokens the drafter may guess; 0: all.")] = 6144,
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option(
+            help="Commonest tokens the drafter may guess; 0: all. Default: 6144, or those of --start-from."
+        ),
+    ] = None,
     context_layers: Annotated[
         str,
         typer.Option(help="Target layers whose output the drafter reads: auto, none or 6,14,22."),
@@ -79,11 +88,12 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         max_tokens=max_tokens,
         data_seed=seed,
         start_from=start_from,
-        shape=Shape(exit_dim, layers, draft_vocab_size=draft_vocab or None),
+        vocabulary=draft_vocab,
+        shape=Shape(exit_dim, layers, draft_vocab_size=6144 if draft_vocab is None else draft_vocab or None),
         settings=Settings(
             epochs=epochs,
             learning_rate=learning_rate,
-            objective=Objective(depths=length - 1, soft=soft),
+            objective=Objective(depths=length - 1, soft=soft, reach=reach),
             seed=seed,
             patience=patience,
             validate_every=validate_every,

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from .activation import silu
 from .files import new_folder, read_json, read_safetensors, write_safetensors
 from .weights import check, named, nbytes
 
@@ -156,7 +157,7 @@ class ResBlock(nn.Module):
         self.linear = nn.Linear(size, size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x + nn.silu(self.linear(x))
+        return x + silu(self.linear(x))
 
 
 class RecurrentDrafter(nn.Module):
@@ -256,9 +257,9 @@ class RecurrentDrafter(nn.Module):
         linear = self.config.activation == "linear"
         if state is None:
             x = self.rnn_w(embedding)
-            return x if linear else nn.silu(x + self.rnn_u.bias)
+            return x if linear else silu(x + self.rnn_u.bias)
         x = self.rnn_w(embedding) + self.rnn_u(state)
-        return x if linear else nn.silu(x)
+        return x if linear else silu(x)
 
     def states(self, embeddings: mx.array) -> mx.array:
         """RNN state after every token. (B, K, H) -> (B, K, H)."""

@@ -118,7 +118,9 @@ def test_cross_entropy_by_hand() -> None:
     """Two rows over three tokens; logits ln 1, ln 2, ln 5 and ln 4, ln 4, ln 8."""
     features = mx.array([[0.0, math.log(2), math.log(5)], [math.log(4), math.log(4), math.log(8)]])
     probs = mx.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    loss, gradient = cross_entropy(features, mx.eye(3), probs, mx.array([1.0, 2.0]))
+    mass = probs.sum(axis=1, keepdims=True)
+    loss, gradient, normalisers = cross_entropy(features, mx.eye(3), probs, mass, mx.array([[1.0], [2.0]]))
+    np.testing.assert_allclose(np.array(normalisers[:, 0]), [math.log(8), math.log(16)], atol=1e-5)
     # row 1: -(ln 1/8 + ln 2/8) / 2 = 1.732868; row 2: -ln 8/16 = 0.693147, twice
     assert loss.item() == pytest.approx(1.732868 + 2 * 0.693147, abs=1e-5)
     want = [[1 / 8 - 0.5, 2 / 8 - 0.5, 5 / 8], [2 * 4 / 16, 2 * 4 / 16, 2 * (8 / 16 - 1)]]
@@ -139,11 +141,12 @@ def test_gradients_are_those_of_the_plain_formula(block: int, monkeypatch: pytes
         return -(weights * (probs * logprobs).sum(axis=-1)).sum()
 
     def blocked(x: mx.array, m: mx.array) -> mx.array:
-        return 3 * cross_entropy_of_head(x, m, probs, weights)[0]
+        return 3 * cross_entropy_of_head(x, m, probs, weights[:, None])[0]
 
     want = mx.grad(plain, argnums=(0, 1))(features, matrix)
     got = mx.grad(blocked, argnums=(0, 1))(features, matrix)
-    frozen = mx.grad(lambda x: 3 * cross_entropy(x, matrix, probs, weights)[0])(features)
+    teacher = probs @ matrix, probs.sum(axis=1, keepdims=True), weights[:, None]
+    frozen = mx.grad(lambda x: 3 * cross_entropy(x, matrix, *teacher)[0])(features)
     for mine, theirs in zip((*got, frozen), (*want, want[0]), strict=True):
         np.testing.assert_allclose(np.array(mine), 3 * np.array(theirs), atol=1e-5)
 
@@ -202,6 +205,32 @@ def test_soft_targets_are_the_targets_distribution(target: Target, data: Path) -
     assert losses[1.0] == pytest.approx(soft.item(), rel=1e-4)
     assert losses[0.0] == pytest.approx(hard.item(), rel=1e-4)
     assert losses[0.25] == pytest.approx(0.25 * soft.item() + 0.75 * hard.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"draft_vocab_size": 30}, {"draft_vocab_size": None, "head": "full"}])
+def test_reach_weighs_a_depth_by_the_drafters_own_guesses(
+    target: Target, data: Path, changes: dict[str, Any]
+) -> None:
+    """Depth 1 counts as much as the drafter believed in the token of depth 0: not at all where it lacks it."""
+    batch = a_batch(data, 2)
+    made = new_drafter(config(**changes), target, Corpus([data]))
+    rows = target.output_rows(made.target_ids())
+    ids = np.arange(VOCAB) if made.target_ids() is None else np.array(made.target_ids())
+    features = depth_features(made, batch, target.embed, 2)
+    weights = np.array(Objective(depths=2).weights(batch))
+    want, reached = 0.0, np.ones(batch.left.shape)
+    for depth in range(2):
+        tokens = np.array(batch.tokens[:, 1 + depth : 1 + depth + batch.left.shape[1]])
+        logprobs = np.array(mx.log(mx.softmax(made.head(features[depth]), axis=-1)))
+        known = np.isin(tokens, ids)
+        column = np.array([[list(ids).index(t) if t in ids else 0 for t in row] for row in tokens])
+        chosen = np.take_along_axis(logprobs, column[..., None], axis=-1)[..., 0]
+        want -= float((weights[depth] * reached * np.where(known, chosen, 0)).sum())
+        reached = reached * np.where(known, np.exp(chosen) ** 0.5, 0)
+    got = batch_loss(made, batch, target.embed, rows, Objective(depths=2, soft=0.0, reach=0.5))
+    assert got.item() == pytest.approx(want, rel=1e-4)
+    with pytest.raises(ValueError, match="reach must be between 0 and 1, not 2"):
+        Objective(reach=2)
 
 
 # --- corpus ------------------------------------------------------------------------------------
@@ -317,6 +346,9 @@ def test_a_run_can_go_on_from_a_drafter(target: Target, data: Path, tmp_path: Pa
     records = [json.loads(line) for line in (second / METRICS).read_text().splitlines()]
     last = json.loads((first / METRICS).read_text().splitlines()[-1])
     assert abs(records[0]["tokens_per_step"] - last["tokens_per_step"]) < 0.2
+    wider = make_trainer(target, replace(request, vocabulary=60, out=second))
+    assert wider.drafter.config.draft_vocab == 60 and wider.coverage > made.coverage
+    assert f"covers {wider.coverage:.1%} of the text" in wider.estimate()
     earlier = load_drafter(second).config.training["earlier"]
     assert [run["epochs"] for run in earlier] == [20]
     assert "| before that, run 1 |" in (second / "README.md").read_text()

@@ -26,7 +26,8 @@ def card(config: DrafterConfig, record: dict[str, Any]) -> str:
     rows = {
         "target": f"{name}, hidden size {config.hidden_size}, {config.vocab_size} tokens",
         "shape": ", ".join(shape),
-        "data": f"{training.get('positions')} positions of text the target wrote itself",
+        "data": f"{training.get('positions')} positions of text the target wrote itself, "
+        f"of which the head's vocabulary covers {training.get('vocabulary_coverage', 1):.1%}",
         "objective": f"{objective.get('depths')} tokens ahead, "
         f"soft targets {objective.get('soft')}, depth decay {objective.get('decay')}",
         "training": f"step {record['step']} of {record['steps']}, {training.get('epochs')} epochs, "

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from redrafter_mlx.device import on_gpu
+from redrafter_mlx.activation import exponential, silu
 from redrafter_mlx.drafter import Embed, RecurrentDrafter
 
 LOGIT_BYTES = 64 << 20
@@ -55,6 +54,9 @@ class Objective:
     decay: float = 0.8
     """Weight of a depth relative to the one before: a later guess counts only where the earlier
     ones held."""
+    reach: float = 0.0
+    """A depth also weighs p^reach, p being the probability that the drafter itself gave to the tokens before it:
+    1 trains each depth where the drafter's own guesses would get there, 0 everywhere alike."""
 
     def __post_init__(self) -> None:
         if self.depths < 1:
@@ -63,6 +65,8 @@ class Objective:
             raise ValueError(f"soft must be between 0 and 1, not {self.soft}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be in (0, 1], not {self.decay}")
+        if not 0 <= self.reach <= 1:
+            raise ValueError(f"reach must be between 0 and 1, not {self.reach}")
 
     def weights(self, batch: Batch) -> mx.array:
         """(K, N, P): weight of every guess; they sum to 1, or to 0 where none counts."""
@@ -79,11 +83,6 @@ class Objective:
     def _raw_weights(self, batch: Batch) -> mx.array:
         depth = mx.arange(self.depths)[:, None, None]
         return mx.where(batch.left[None] > depth, self.decay ** depth.astype(mx.float32), 0.0)
-
-
-def exponential(x: mx.array) -> mx.array:
-    """exp(x). As a power of two on the CPU, where MLX computes that twice as fast."""
-    return mx.exp(x) if on_gpu() else mx.power(2.0, x * 1.4426950408889634)
 
 
 def depth_features(drafter: RecurrentDrafter, batch: Batch, embed: Embed, depths: int) -> list[mx.array]:
@@ -104,7 +103,7 @@ def depth_features(drafter: RecurrentDrafter, batch: Batch, embed: Embed, depths
         elif config.activation == "linear":
             state = x if state is None else x + drafter.rnn_u(state)
         else:
-            state = nn.silu(x + (drafter.rnn_u.bias if state is None else drafter.rnn_u(state)))
+            state = silu(x + (drafter.rnn_u.bias if state is None else drafter.rnn_u(state)))
         out.append(drafter.features(prepared, state))
     return out
 
@@ -123,42 +122,46 @@ def teacher_probs(contexts: mx.array, rows: mx.array) -> mx.array:
     return _softmax(contexts[..., : rows.shape[1]] @ rows.T)[0]
 
 
-def _blocks(
-    features: mx.array, matrix: mx.array, probs: mx.array, weights: mx.array
-) -> Iterator[tuple[slice, mx.array, mx.array]]:
-    """Loss and its gradient by the logits (m, V), one block of rows after another."""
+def _row_blocks(features: mx.array, matrix: mx.array) -> Iterator[tuple[slice, mx.array]]:
+    """Logits (m, V) = features @ matrix.T, one block of rows after another."""
     block = max(1, LOGIT_BYTES // (4 * matrix.shape[0]))
     for begin in range(0, features.shape[0], block):
         part = slice(begin, begin + block)
-        logits = features[part] @ matrix.T
-        guess, normaliser = _softmax(logits)
-        mass = probs[part].sum(axis=-1, keepdims=True)
-        entropies = mass * normaliser - (probs[part] * logits).sum(axis=-1, keepdims=True)
-        loss = (entropies[:, 0] * weights[part]).sum()
-        yield part, loss, (guess * mass - probs[part]) * weights[part, None]
+        yield part, features[part] @ matrix.T
 
 
 def _frozen_head(
-    features: mx.array, matrix: mx.array, probs: mx.array, weights: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Sum of weighted cross-entropies, without ever holding more than a block of logits; `matrix`
-    is frozen.
+    features: mx.array, matrix: mx.array, expected: mx.array, mass: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Sum of weighted cross-entropies against a `matrix` that is not trained.
+
+    The teacher p enters through its mean row alone: the cross-entropy is sum(p) log Z - features @ (p @ matrix),
+    and its gradient by the features is sum(p) softmax @ matrix - p @ matrix. So no array as wide as the
+    vocabulary is needed for the teacher, which is the same at all depths.
 
     Args:
-        features: (M, H or X).
-        matrix: (V, H or X), so that features @ matrix.T are the logits.
-        probs: (M, V) target distributions; a row may sum to less than 1 (to 0: no target).
-        weights: (M,).
+        features: (M, H).
+        matrix: (V, H), so that features @ matrix.T are the logits.
+        expected: (M, H), p @ matrix.
+        mass: (M, 1), sum of p: 1, or less where the token is not in the vocabulary.
+        weights: (M, 1).
 
     Returns:
-        the loss, and its gradient by `features`: it costs less here, where the probabilities are at
-        hand, than computed again on the way back.
+        the loss; its gradient by `features`: it costs less here, where the probabilities are at
+        hand, than computed again on the way back; and the logs of the normalisers (M, 1), without a gradient.
     """
-    losses, gradients = [], []
-    for _, loss, error in _blocks(features, matrix, probs, weights):
-        losses.append(loss)
-        gradients.append(error @ matrix)
-    return mx.stack(losses).sum(), mx.concatenate(gradients)
+    losses, gradients, normalisers = [], [], []
+    ones = mx.ones((matrix.shape[0], 1))
+    for part, logits in _row_blocks(features, matrix):
+        top = logits.max(axis=-1, keepdims=True)
+        powers = exponential(logits - top)
+        total = powers @ ones  # a matrix product sums faster on the CPU
+        normaliser = top + mx.log(total)
+        agreement = (features[part] * expected[part]).sum(axis=-1, keepdims=True)
+        losses.append((weights[part] * (mass[part] * normaliser - agreement)).sum())
+        gradients.append(weights[part] * (mass[part] * (powers @ matrix) / total - expected[part]))
+        normalisers.append(normaliser)
+    return mx.stack(losses).sum(), mx.concatenate(gradients), mx.concatenate(normalisers)
 
 
 def _frozen_head_vjp(
@@ -169,15 +172,20 @@ def _frozen_head_vjp(
 
 def _trained_head(
     features: mx.array, matrix: mx.array, probs: mx.array, weights: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """As `_frozen_head`, for a `matrix` that is trained too; the third value is the gradient by
-    it."""
-    losses, gradients, by_matrix = [], [], mx.zeros_like(matrix)
-    for part, loss, error in _blocks(features, matrix, probs, weights):
-        losses.append(loss)
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """As `_frozen_head`, for a `matrix` (V, X) that is trained too and a teacher `probs` (M, V); the third value
+    is the gradient by the matrix."""
+    losses, gradients, normalisers, by_matrix = [], [], [], mx.zeros_like(matrix)
+    for part, logits in _row_blocks(features, matrix):
+        guess, normaliser = _softmax(logits)
+        mass = probs[part].sum(axis=-1, keepdims=True)
+        entropies = mass * normaliser - (probs[part] * logits).sum(axis=-1, keepdims=True)
+        losses.append((weights[part] * entropies).sum())
+        error = weights[part] * (guess * mass - probs[part])
         gradients.append(error @ matrix)
         by_matrix = by_matrix + error.T @ features[part]
-    return mx.stack(losses).sum(), mx.concatenate(gradients), by_matrix
+        normalisers.append(normaliser)
+    return mx.stack(losses).sum(), mx.concatenate(gradients), by_matrix, mx.concatenate(normalisers)
 
 
 def _trained_head_vjp(
@@ -187,7 +195,7 @@ def _trained_head_vjp(
     return (scale * outputs[1], scale * outputs[2], *(mx.zeros_like(p) for p in primals[2:]))
 
 
-HeadLoss = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, ...]]
+HeadLoss = Callable[..., tuple[mx.array, ...]]
 
 
 def _with_vjp(function: HeadLoss, vjp: Callable[..., tuple[mx.array, ...]]) -> HeadLoss:
@@ -200,34 +208,61 @@ cross_entropy = _with_vjp(_frozen_head, _frozen_head_vjp)
 cross_entropy_of_head = _with_vjp(_trained_head, _trained_head_vjp)
 
 
+class Teacher:
+    """What the guesses of a batch are held against, at its positions 1 .. T - 1, in rows of M = N (T - 1).
+
+    Its distribution is `objective.soft` parts the target's own and else the token of the text; tokens outside the
+    drafter's vocabulary have no row, so such a position counts for less.
+    """
+
+    def __init__(self, drafter: RecurrentDrafter, batch: Batch, rows: mx.array, soft: float) -> None:
+        self.contexts, self.tokens = batch.contexts[:, 1:], batch.tokens[:, 1:]
+        self.rows, self.soft = rows, soft
+        ids = drafter.target_ids()
+        self.ids = mx.arange(rows.shape[0]) if ids is None else ids
+        draft_ids = mx.full((drafter.config.vocab_size,), -1, dtype=mx.int32)
+        draft_ids[self.ids] = mx.arange(len(self.ids), dtype=mx.int32)
+        self.draft_tokens = draft_ids[self.tokens]
+        """(N, T - 1): the token of the text as the drafter counts it, -1 outside its vocabulary"""
+
+    def probs(self) -> mx.array:
+        """(N, T - 1, V)"""
+        probs = mx.array(0.0)
+        if self.soft > 0:
+            probs = self.soft * teacher_probs(self.contexts, self.rows)
+        if self.soft < 1:
+            probs = probs + (1 - self.soft) * (self.tokens[..., None] == self.ids)
+        return probs
+
+    def expected(self, matrix: mx.array) -> tuple[mx.array, mx.array]:
+        """(N, T - 1, H): mean row of `matrix` under the distribution; and its mass (N, T - 1, 1)."""
+        probs = self.probs()
+        mass = mx.ones((*probs.shape[:2], 1)) if self.soft == 1 else probs.sum(axis=-1, keepdims=True)
+        return probs @ matrix, mass
+
+
 def batch_loss(
     drafter: RecurrentDrafter, batch: Batch, embed: Embed, rows: mx.array, objective: Objective
 ) -> mx.array:
     """The loss of a batch, a scalar. rows: (V, H) of the target's output embedding for the
     drafter's vocabulary."""
-    size, ids = batch.left.shape[1], drafter.target_ids()
-    soft = teacher_probs(batch.contexts[:, 1:], rows) if objective.soft > 0 else None  # (N, T - 1, V)
-    factored = drafter.config.head == "factored"
-    matrix = rows if factored else drafter.lm_head[-1].weight
-    head_loss = cross_entropy if factored else cross_entropy_of_head
+    size = batch.left.shape[1]
+    teacher = Teacher(drafter, batch, rows, objective.soft)
+    frozen = drafter.config.head == "factored"
+    matrix = rows if frozen else drafter.lm_head[-1].weight
+    guide = teacher.expected(matrix) if frozen else (teacher.probs(),)
+    head_loss = cross_entropy if frozen else cross_entropy_of_head
     weights = objective.weights(batch)
-    loss = mx.array(0.0)
+    loss, reached = mx.array(0.0), mx.array(1.0)
     for depth, features in enumerate(depth_features(drafter, batch, embed, objective.depths)):
         ahead = slice(depth, depth + size)
-        probs = (
-            mx.zeros((*features.shape[:2], matrix.shape[0]))
-            if soft is None
-            else objective.soft * soft[:, ahead]
-        )
-        if objective.soft < 1:
-            tokens = batch.tokens[:, 1:][:, ahead, None]
-            vocabulary = mx.arange(matrix.shape[0]) if ids is None else ids
-            probs = probs + (1 - objective.soft) * (tokens == vocabulary)
-        outputs = head_loss(
-            features.reshape(-1, features.shape[-1]),
-            matrix,
-            probs.reshape(-1, matrix.shape[0]),
-            weights[depth].reshape(-1),
-        )
+        held = [each[:, ahead].reshape(-1, each.shape[-1]) for each in guide]
+        own = features.reshape(-1, features.shape[-1])
+        outputs = head_loss(own, matrix, *held, weights[depth].reshape(-1, 1) * reached)
         loss = loss + outputs[0]
+        if objective.reach:
+            token = teacher.draft_tokens[:, ahead].reshape(-1, 1)
+            logit = (own * matrix[mx.maximum(token[:, 0], 0)]).sum(axis=-1, keepdims=True)
+            prob = mx.where(token < 0, 0.0, mx.exp(logit - outputs[-1]) ** objective.reach)
+            reached = mx.stop_gradient(reached * prob)
     return loss

@@ -30,7 +30,7 @@ from .corpus import Corpus
 from .data import Generator, Recipe, Text
 from .prompts import Messages, read_excluded, read_prompts
 from .replay import held_out
-from .trainer import Progress, Settings, Trainer, new_drafter
+from .trainer import Progress, Settings, Trainer, choose_vocabulary, new_drafter
 
 CALIBRATION_POSITIONS = 4000
 
@@ -89,7 +89,9 @@ class Request:
     max_tokens: int = 160
     data_seed: int = 0
     start_from: Path | None = None
-    """A drafter of this target to go on from, its shape and vocabulary included; None: a new one."""
+    """A drafter of this target to go on from, its shape included; None: a new one."""
+    vocabulary: int | None = None
+    """With `start_from`: choose so many of the text's commonest tokens anew; None: the drafter's own."""
     shape: Shape = field(default_factory=Shape)
     settings: Settings = field(default_factory=Settings)
 
@@ -166,10 +168,12 @@ def make_trainer(target: Target, request: Request) -> Trainer:
     if request.start_from is None:
         drafter = new_drafter(request.shape.config(target), target, corpus, request.settings.seed)
     else:
-        drafter = load_drafter(request.start_from, mx.float32).bind(target)
+        drafter = load_drafter(request.start_from, mx.float32)
         if drafter.config.quantization:
             raise ValueError(f"{request.start_from} is quantised: go on from what it was made of")
-        drafter.freeze(keys=["d2t"], recurse=False)
+        if request.vocabulary is not None:
+            choose_vocabulary(drafter, corpus, request.vocabulary)
+        drafter.bind(target).freeze(keys=["d2t"], recurse=False)
         with_config(drafter, calibration=())  # that of the old weights
     return Trainer(drafter, target, corpus, request.out, request.settings)
 

@@ -97,20 +97,31 @@ class Progress:
 
 
 def new_drafter(config: DrafterConfig, target: Target, corpus: Corpus, seed: int = 0) -> RecurrentDrafter:
-    """A drafter before training, bound to its target.
-
-    Its draft vocabulary is the corpus' commonest tokens, by frequency.
-    """
+    """A drafter before training, bound to its target; a reduced vocabulary is the corpus' commonest tokens."""
     mx.random.seed(seed)
     drafter = RecurrentDrafter(config)
     if config.draft_vocab_size is not None:
-        counts = corpus.token_counts(config.vocab_size)
-        ids = np.argsort(-counts, kind="stable")[: config.draft_vocab_size]
-        drafter.d2t = mx.array(ids - np.arange(len(ids)), dtype=mx.int32)
-        drafter.freeze(keys=["d2t"], recurse=False)
+        choose_vocabulary(drafter, corpus, config.draft_vocab_size)
     start(drafter, Scaling.of(corpus, target))
     mx.eval(drafter.parameters())
     return drafter.bind(target)
+
+
+def choose_vocabulary(drafter: RecurrentDrafter, corpus: Corpus, size: int) -> None:
+    """Make the `size` commonest tokens of the corpus, by frequency, the drafter's vocabulary (bind it after).
+
+    Raises:
+        ValueError: the drafter has a full head, whose rows are made for the vocabulary it has.
+    """
+    config = drafter.config
+    if size != config.draft_vocab_size:
+        if config.head != "factored":
+            raise ValueError(f"a vocabulary of {size} tokens needs a factored head: a full one keeps its own")
+        with_config(drafter, draft_vocab_size=size)
+    counts = corpus.token_counts(config.vocab_size)
+    ids = np.argsort(-counts, kind="stable")[:size]
+    drafter.d2t = mx.array(ids - np.arange(len(ids)), dtype=mx.int32)
+    drafter.freeze(keys=["d2t"], recurse=False)
 
 
 class Trainer:
@@ -157,6 +168,10 @@ class Trainer:
         self.rows = target.output_rows(drafter.target_ids()).astype(mx.float32)
         self.earlier = _runs(drafter.config.training)
         """What this drafter was trained with before this run."""
+        ids = drafter.target_ids()
+        counts = corpus.token_counts(drafter.config.vocab_size)
+        self.coverage = 1.0 if ids is None else float(counts[np.array(ids)].sum() / counts.sum())
+        """Share of the text that the drafter's vocabulary covers."""
         self.group = mx.distributed.init()
         self.step = 0
         self.best = -1.0
@@ -176,7 +191,8 @@ class Trainer:
         flops = positions * (6 * depths * own + (4 * depths + 2) * self.rows.size)
         return (
             f"{self.corpus.num_positions} positions, {self.steps} steps of {positions}; "
-            f"drafter {own / 1e6:.2f} M parameters; at most {memory / 1e9:.1f} GB besides the "
+            f"drafter {own / 1e6:.2f} M parameters, its vocabulary of {config.draft_vocab} covers "
+            f"{self.coverage:.1%} of the text; at most {memory / 1e9:.1f} GB besides the "
             f"target; {self.steps * flops / 1e12:.1f} TFLOP "
             f"({self.steps * flops / 6e12:.0f} min at 100 GFLOP/s)"
         )
@@ -282,6 +298,7 @@ class Trainer:
             **({"earlier": self.earlier} if self.earlier else {}),
             **{k: v for k, v in asdict(self.settings).items() if k not in ("validate_every", "patience")},
             "positions": self.corpus.num_positions,
+            "vocabulary_coverage": round(self.coverage, 4),
             "step": record["step"],
             "held_out_tokens_per_step": round(record["tokens_per_step"], 4),
         }
