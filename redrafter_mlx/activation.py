@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -20,14 +23,17 @@ def silu(x: mx.array) -> mx.array:
     return nn.silu(x) if on_gpu() else _silu(x)[0]
 
 
-@mx.custom_function
-def _silu(x: mx.array) -> tuple[mx.array, mx.array]:
-    """SiLU and the sigmoid that its gradient needs."""
+def _silu_and_sigmoid(x: mx.array) -> tuple[mx.array, mx.array]:
     sigmoid = 1 / (1 + mx.power(2.0, x * -_LOG2_E))
     return x * sigmoid, sigmoid
 
 
-@_silu.vjp
-def _(primals: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
+def _vjp(primal: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
+    """That of SiLU; the sigmoid is only returned for it. Finite where the power overflowed."""
     value, sigmoid = outputs
     return cotangents[0] * (sigmoid + value * (1 - sigmoid))
+
+
+_custom = mx.custom_function(_silu_and_sigmoid)
+_custom.vjp(_vjp)
+_silu = cast(Callable[[mx.array], tuple[mx.array, mx.array]], _custom)

@@ -1,0 +1,19 @@
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from redrafter_mlx.activation import exponential, silu
+
+X = mx.array([-2000.0, -200.0, -90.0, -5.0, -0.1, 0.0, 0.1, 3.0, 80.0, 2000.0])
+
+
+def test_silu_and_its_gradient_are_mlxs_own() -> None:
+    np.testing.assert_allclose(np.array(silu(X)), np.array(nn.silu(X)), atol=1e-6)
+    ours = mx.grad(lambda x: (silu(x) ** 2).sum())(X)
+    theirs = mx.grad(lambda x: (x * mx.sigmoid(x)).square().sum())(X)
+    np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_exponential() -> None:
+    np.testing.assert_allclose(np.array(exponential(X[3:8])), np.exp(np.array(X[3:8])), rtol=1e-5)
+    assert exponential(X[0]).item() == 0
