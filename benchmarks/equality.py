@@ -22,8 +22,17 @@ from redrafter_mlx.prompts import read_requests
 DRAFTS = ("off", "1x4", "3x4", "8x5@16", "auto")
 SETTINGS = {
     "T = 0": ["--temperature", "0"],
-    "T = 0.7, top-p 0.9": ["--temperature", "0.7", "--top-p", "0.9"],
-    "T = 1, top-k 50, min-p 0.02": ["--temperature", "1.0", "--top-k", "50", "--min-p", "0.02"],
+    "T = 0.7, top-p 0.9, top-k 50, min-p 0.02": [
+        "--temperature",
+        "0.7",
+        "--top-p",
+        "0.9",
+        "--top-k",
+        "50",
+        "--min-p",
+        "0.02",
+    ],  # fmt: skip
+    "T = 1": ["--temperature", "1"],
 }
 
 
