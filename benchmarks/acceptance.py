@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from redrafter_mlx import measure
+from redrafter_mlx.decode import Stats
 from redrafter_mlx.files import new_file
 from redrafter_mlx.generation import Model, encode
 from redrafter_mlx.prompts import Request, read_requests
 from redrafter_mlx.train.generate import Row, Written, write
-from redrafter_mlx.train.replay import Replay, replay
+from redrafter_mlx.train.replay import replay
 from redrafter_mlx.tree import Beam
 
 
@@ -80,15 +81,15 @@ def main() -> None:
     result: dict[str, object] = {**measure.machine(), "drafter": arguments.drafter or "shipped"}
     result |= {"max_tokens": arguments.max_tokens, "prompts": len(texts)}
     for name in arguments.beams:
-        beam, total = Beam.parse(name), Replay()
-        categories: dict[str, Replay] = {}
+        beam, total = Beam.parse(name), Stats()
+        categories: dict[str, Stats] = {}
         for request, (contexts, tokens) in zip(requests, texts, strict=True):
             found = replay(model.drafter, model.target.embed, contexts, tokens, beam)
             for accepted in found:
-                total.add(accepted)
-                categories.setdefault(request.category, Replay()).add(accepted)
+                for stats in (total, categories.setdefault(request.category, Stats())):
+                    stats.observe(beam.nodes or beam.most_nodes, accepted)
         result[name] = round(total.tokens_per_step, 4)
-        result[f"{name} by depth"] = [round(n / total.steps, 4) for n in total.accepted_by_depth]
+        result[f"{name} by depth"] = [round(share, 4) for share in total.acceptance]
         result[f"{name} by category"] = {k: round(r.tokens_per_step, 3) for k, r in categories.items()}
         print(f"{name}: {total.tokens_per_step:.3f} tokens per step, {total.steps} steps", file=sys.stderr)
     print(json.dumps(result))

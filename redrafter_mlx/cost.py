@@ -101,7 +101,7 @@ def cost_table(target: Target, drafter: RecurrentDrafter, fresh: bool = False) -
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            _log.warning("%s is damaged (%s), measuring again", path, error)
+            _log.warning("%s cannot be used (%s), measuring again", path, error)
     _log.info("measuring what a verified row costs here, once")
     table = measure(target, drafter)
     try:

@@ -67,6 +67,11 @@ class Stats:
         return 1 + self.accepted_tokens / self.steps if self.steps else 0.0
 
     @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Share of steps in which at least 1, 2, ... draft tokens were accepted."""
+        return tuple(count / self.steps for count in self.accepted_by_depth)
+
+    @property
     def tokens_per_second(self) -> float:
         """Decoding alone; the first token belongs to the prefill."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0

@@ -10,9 +10,10 @@ from tests.toy import make_drafter, make_target
 import mlx.core as mx
 import numpy as np
 
+from redrafter_mlx.decode import Stats
 from redrafter_mlx.generation import Model, generate
 from redrafter_mlx.train.generate import Row, write
-from redrafter_mlx.train.replay import Replay, num_accepted, replay
+from redrafter_mlx.train.replay import num_accepted, replay
 from redrafter_mlx.tree import Beam
 
 
@@ -27,9 +28,9 @@ def test_replay_is_decoding(draft: str) -> None:
     row = Row(prompt, 120, 0.0)
     [text] = write(target, [row], frozenset(), np.random.default_rng(0), cut_loops=False)
     contexts = np.stack(text.contexts).astype(np.float32)
-    found = Replay()
+    found = Stats()
     for accepted in replay(drafter, target.embed, contexts, text.tokens, Beam.parse(draft)):
-        found.add(accepted)
+        found.observe(1, accepted)
     _, stats = generate(Model(target, drafter), list(prompt), max_tokens=120, draft=draft)
     assert stats.token_ids == text.tokens
     assert sum(found.accepted_by_depth) > 0, "a drafter that is never right would prove nothing"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from redrafter_mlx.decode import Stats
 from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter, load_drafter, save_drafter
 from redrafter_mlx.target import Target
 from redrafter_mlx.train.calibrate import calibrate
@@ -30,7 +31,7 @@ from redrafter_mlx.train.loss import (
     depth_features,
 )
 from redrafter_mlx.train.prompts import is_held_out
-from redrafter_mlx.train.replay import Replay, replay
+from redrafter_mlx.train.replay import replay
 from redrafter_mlx.train.run import (
     Request,
     Shape,
@@ -309,12 +310,12 @@ def test_training_learns(target: Target, data: Path, tmp_path: Path) -> None:
     def on_training_text() -> float:
         shard = made.corpus.shards[0]
         spans = np.split(shard.training, np.flatnonzero(shard.left[shard.training] == 0) + 1)
-        found = Replay()
+        found = Stats()
         for span in spans[:-1]:
             for accepted in replay(
                 made.drafter, target.embed, shard.contexts[span], shard.tokens[span].tolist(), Beam(1, 4)
             ):
-                found.add(accepted)
+                found.observe(1, accepted)
         return found.tokens_per_step
 
     before = on_training_text()

@@ -9,40 +9,16 @@ figure over all positions, and it is the one that counts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
+from redrafter_mlx.decode import Stats
 from redrafter_mlx.drafter import Embed, RecurrentDrafter
 from redrafter_mlx.search import search
 from redrafter_mlx.tree import Beam
 
 from .corpus import Corpus
-
-
-@dataclass(slots=True)
-class Replay:
-    """Steps that decoding takes, and what they bring."""
-
-    steps: int = 0
-    accepted_by_depth: list[int] = field(default_factory=list)
-    """entry d: steps in which at least d+1 draft tokens were accepted"""
-
-    @property
-    def tokens_per_step(self) -> float:
-        return 1 + sum(self.accepted_by_depth) / self.steps if self.steps else 0.0
-
-    @property
-    def acceptance(self) -> tuple[float, ...]:
-        """Share of steps in which at least 1, 2, ... draft tokens were accepted."""
-        return tuple(count / self.steps for count in self.accepted_by_depth)
-
-    def add(self, accepted: int) -> None:
-        self.steps += 1
-        self.accepted_by_depth += [0] * (accepted - len(self.accepted_by_depth))
-        for depth in range(accepted):
-            self.accepted_by_depth[depth] += 1
 
 
 def num_accepted(
@@ -92,11 +68,11 @@ def replay(
         position += accepted + 1
 
 
-def held_out(drafter: RecurrentDrafter, embed: Embed, corpus: Corpus, beam: Beam, limit: int) -> Replay:
+def held_out(drafter: RecurrentDrafter, embed: Embed, corpus: Corpus, beam: Beam, limit: int) -> Stats:
     """What decoding with the drafter brings on about `limit` tokens of held-out answers."""
     drafter.settle()
-    found = Replay()
+    stats = Stats()
     for contexts, tokens in corpus.held_out_answers(limit):
         for accepted in replay(drafter, embed, contexts, tokens, beam):
-            found.add(accepted)
-    return found
+            stats.observe(beam.nodes or beam.most_nodes, accepted)
+    return stats
