@@ -31,6 +31,10 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 160,
     rows: Annotated[int, typer.Option(help="Answers written at once.")] = 96,
+    disk_budget: Annotated[
+        float | None,
+        typer.Option(help="GB of hidden states on the disk after which no more text is written."),
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 2.0,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its peak.")] = 1e-3,
     length: Annotated[int, typer.Option(help="Beam length to train for, root included.")] = 5,
@@ -87,6 +91,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         rows=rows,
         max_tokens=max_tokens,
         data_seed=seed,
+        disk_budget=None if disk_budget is None else disk_budget * 1e9,
         start_from=start_from,
         vocabulary=draft_vocab,
         shape=Shape(exit_dim, layers, draft_vocab_size=6144 if draft_vocab is None else draft_vocab or None),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from redrafter_mlx.train.data import Generator, Recipe, contexts_path, list_shards, shard_path
+from redrafter_mlx.train.data import Generator, Recipe, Text, contexts_path, list_shards, shard_path
 from redrafter_mlx.train.generate import LoopWatch, Row, loop_start, sample, write
 from redrafter_mlx.train.prompts import (
     ChatFormat,
@@ -192,6 +192,27 @@ def test_a_shard_without_its_second_file_is_written_again(tmp_path: Path) -> Non
     assert list_shards(tmp_path) == []
     generator(tmp_path).run(4, asked("aa", "bb", "cc", "dd"))
     assert contents(tmp_path) == before
+
+
+def test_states_stay_within_the_disk_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """To the next whole shard, said once, and a later call with more room goes on to the same data."""
+    prompts = asked(*(f"q{c}" for c in "abcdefghijkl"))
+    whole = generator(tmp_path / "whole")
+    whole.run(12, prompts)
+    assert len(list_shards(tmp_path / "whole")) == 3
+    first = contexts_path(shard_path(tmp_path / "whole", 0)).stat().st_size
+    small = generator(tmp_path / "small")
+    small.budget = first + 1
+    tokens = small.run(12, prompts)
+    assert len(list_shards(tmp_path / "small")) == 2
+    assert "training on what is there" in caplog.text
+    text = Text.of(tmp_path / "whole")
+    again = generator(tmp_path / "again")
+    again.budget = first + 1
+    assert again.run_text(text) == tokens
+    assert len(list_shards(tmp_path / "again")) == 2
+    generator(tmp_path / "small").run(12, prompts)
+    assert contents(tmp_path / "small") == contents(tmp_path / "whole")
 
 
 def test_the_target_asks_itself(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ index and the shards before it: an interrupted run continues where it stopped, w
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from redrafter_mlx.target import Target
 
 from .generate import Row, Written, write
 from .prompts import ChatFormat, Messages, PromptFilter, self_prompts, tokenise, user_text
+
+_log = logging.getLogger("redrafter_mlx")
 
 RECIPE = "recipe.json"
 FORWARD_TOKENS = 4096  # in a forward that only computes states
@@ -182,6 +185,7 @@ class Generator:
         target: as it will be served; its `context_layers` are those of the recipe.
         folder: where the shards are or will be.
         excluded: prompts that must not be trained on.
+        budget: bytes of states on the disk after which no further shard is written; None: no limit.
 
     Raises:
         ValueError: the folder holds shards of another recipe; the target has no chat template.
@@ -194,8 +198,10 @@ class Generator:
         folder: Path,
         recipe: Recipe,
         excluded: Sequence[str] = (),
+        budget: float | None = None,
     ) -> None:
         self.target, self.tokenizer, self.folder, self.recipe = target, tokenizer, folder, recipe
+        self.budget = budget
         self.filter = PromptFilter(excluded)
         self.stop = frozenset(tokenizer.eos_token_ids)
         if recipe.prompts == "self":
@@ -236,7 +242,9 @@ class Generator:
                     for text in done:
                         self.filter.accepts(str(text))
             else:
-                batch = self._take(texts, wanted) if prompts else self._invent(wanted, rng)
+                batch = []
+                if self._has_room():
+                    batch = self._take(texts, wanted) if prompts else self._invent(wanted, rng)
                 if not batch:
                     break
                 total += self._answer(shard, batch, rng, on_step)
@@ -247,16 +255,34 @@ class Generator:
         """Write shards of answers that the target wrote before: only their states are computed.
         Returns their tokens."""
         kept = [i for i, prompt in enumerate(text.prompts) if self.filter.accepts(prompt)]
+        total = 0
         for shard, begin in enumerate(range(0, len(kept), self.recipe.rows)):
             path = shard_path(self.folder, shard)
-            if path in list_shards(self.folder):
-                continue
             rows = kept[begin : begin + self.recipe.rows]
+            there = path in list_shards(self.folder)
+            if not there and not self._has_room():
+                break
+            total += sum(len(text.answers[i]) for i in rows)
+            if there:
+                continue
             prompts = [text.prompts[i] for i in rows]
             asked = [tokenise(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
             written = states(self.target, asked, [text.answers[i] for i in rows], on_step)
             save_shard(path, prompts, [text.temperatures[i] for i in rows], written)
-        return sum(len(text.answers[i]) for i in kept)
+        return total
+
+    def _has_room(self) -> bool:
+        """False, said once, where the states on the disk have reached the budget."""
+        if self.budget is None:
+            return True
+        used = sum(contexts_path(shard).stat().st_size for shard in list_shards(self.folder))
+        if used < self.budget:
+            return True
+        _log.warning(
+            "%s holds %.2f GB of states, the budget is %.2f GB: training on what is there",
+            self.folder, used / 1e9, self.budget / 1e9,
+        )  # fmt: skip
+        return False
 
     def _take(self, prompts: Any, count: int) -> list[Messages]:
         taken: list[Messages] = []

@@ -88,6 +88,8 @@ class Request:
     rows: int = 96
     max_tokens: int = 160
     data_seed: int = 0
+    disk_budget: float | None = None
+    """Bytes of states after which no more text is written; None: no limit."""
     start_from: Path | None = None
     """A drafter of this target to go on from, its shape included; None: a new one."""
     vocabulary: int | None = None
@@ -136,6 +138,8 @@ def write_data(
     """
     if request.num_answers < 1:
         raise ValueError(f"the number of answers must be at least 1, not {request.num_answers}")
+    if request.disk_budget is not None and not request.disk_budget > 0:
+        raise ValueError(f"the disk budget must be positive, not {request.disk_budget / 1e9} GB")
     if request.text and request.prompts:
         raise ValueError(f"give --text {request.text} or --prompts {request.prompts}, not both")
     text = Text.load(request.text) if request.text else None
@@ -152,7 +156,8 @@ def write_data(
         seed=request.data_seed,
         prompts=_fingerprint(text.answers if text else prompts) if text or prompts else "self",
     )
-    generator = Generator(target, tokenizer, request.out / "data", recipe, excluded)
+    folder = request.out / "data"
+    generator = Generator(target, tokenizer, folder, recipe, excluded, request.disk_budget)
     if text is not None:
         return generator.run_text(text, on_step)
     return generator.run(request.num_answers, prompts, on_step)
