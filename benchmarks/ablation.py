@@ -18,7 +18,9 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from redrafter_mlx.files import new_file
 from redrafter_mlx.train.corpus import Corpus
 from redrafter_mlx.train.loss import Objective
 from redrafter_mlx.train.replay import held_out
@@ -89,11 +91,43 @@ def run(model: rd.Model, data: Path, out: Path, variant: Variant) -> dict[str, o
     }
 
 
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Held-out tokens per step by text trained on and by size of the drafter, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "positions of text, one pass": (
+            "positions",
+            lambda name: name == "base" or name.endswith(" positions"),
+        ),
+        "million weights, 40,000 positions": (
+            "million_weights",
+            lambda name: name == "base" or name.startswith("exit_dim "),
+        ),
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 3.5), sharey=True)
+    for axis, (label, (key, belongs)) in zip(axes, panels.items(), strict=True):
+        points = sorted((r[key], r["1x5"]) for r in records if belongs(r["variant"]))
+        axis.plot(*zip(*points, strict=True), marker="o")
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("tokens per step, 1x5, held out")
+    figure.tight_layout()
+    with new_file(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("variants", nargs="*", help=f"of: {', '.join(VARIANTS)}; default all")
+    parser.add_argument("--plot", type=Path, help="also draw the results so far to this PNG file")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.variants if name not in VARIANTS]
     if unknown:
@@ -113,6 +147,8 @@ def main() -> None:
         with results.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)
+    if arguments.plot:
+        plot([json.loads(line) for line in results.read_text().splitlines()], arguments.plot)
 
 
 if __name__ == "__main__":
