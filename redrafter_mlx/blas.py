@@ -27,6 +27,10 @@ from pathlib import Path
 ENV = "REDRAFTER_BLAS"
 FIX = "pip install cmeel-openblas (or mkl, on Intel)"
 
+# OpenBLAS' threads wait for work in a loop of 2^26 cycles, 20 ms, which takes the core from the thread that builds
+# MLX's graph; after 2^10 cycles they sleep. Read when the library is loaded.
+_WAIT = ("OPENBLAS_THREAD_TIMEOUT", "10")
+
 # glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD (bytes), M_ARENA_MAX
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 1 << 26, -8: 1}
 
@@ -84,6 +88,7 @@ def take_over() -> str | None:
     wanted = os.environ.get(ENV, "")
     if sys.platform == "linux" and wanted.lower() != "off":
         _keep_freed_memory()
+        os.environ.setdefault(*_WAIT)
     if sys.platform != "linux" or wanted.lower() == "off":
         _log.debug("BLAS: left as it is (%s)", wanted or sys.platform)
         return None
