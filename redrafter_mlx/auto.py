@@ -31,9 +31,9 @@ NODES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # few, because a GPU compile
 FIRST_NODES = 4  # of the first search, when nothing is known
 TRIAL = 3  # drafted steps before the first verdict
 REVISE = 12  # steps between later ones
-LOOK = 24  # steps between two wide searches
+LOOK = 48  # steps between two wide searches
 FIRST_PAUSE, LONGEST_PAUSE = 32, 1024  # plain steps before drafting is tried again
-PROBE_EVERY, PROBE = 128, 4  # drafted steps, then a few plain ones, to know what a plain one costs now
+PROBE_EVERY, PROBE = 256, 4  # drafted steps, then a few plain ones, to know what a plain one costs now
 MARGIN = 1.05  # drafting must beat plain decoding by this: the prediction is no better than its table
 EARLY_MARGINS = {
     TRIAL: 0.9,

@@ -20,13 +20,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .decode import Decoder
 from .default_model import cache_dir
 from .device import device_name
 from .drafter import RecurrentDrafter
 from .files import new_file, read_json
+from .policy import Fixed, Off
+from .sampling import Sampling
 from .search import search
 from .target import Target
-from .tree import MAX_NODES, chain
+from .tree import MAX_NODES, Beam, chain
 from .weights import named
 
 _log = logging.getLogger("redrafter_mlx")
@@ -35,10 +38,10 @@ _log = logging.getLogger("redrafter_mlx")
 # Metal.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 32, 33, 48, 64)
 WIDTHS = (1, 2, 4, 8)
-BUDGET_SECONDS = 8.0
+BUDGET_SECONDS = 5.0
 CONTEXT = 128  # positions in the cache while measuring
-PLAIN_STEPS = 3
-VERSION = 6
+BLOCKS, BLOCK = 3, 6  # of decode steps, plain and drafted ones in turn
+VERSION = 7
 
 
 @dataclass(slots=True)
@@ -48,8 +51,8 @@ class CostTable:
     rows: dict[int, float]
     """C(n) at the measured n"""
     first_level: dict[int, float]
-    """seconds a search with one level adds to a step, by width; below 0 where it ends before the host has built
-    the verification that runs after it"""
+    """seconds that a search with one level, and all else that drafting needs, adds to the verification, by width;
+    below 0 where that hides behind the host's work"""
     per_level: dict[int, float]
     """seconds of every further level, by width"""
 
@@ -134,8 +137,12 @@ def cache_path(target: Target, drafter: RecurrentDrafter) -> Path:
 
 
 def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SECONDS) -> CostTable:
-    """Measure within about `budget` seconds, rounds interleaved so that a slow moment hits all
-    sizes alike.
+    """Measure within about `budget` seconds and some decode steps, rounds interleaved so that a slow moment hits
+    all sizes alike.
+
+    Forwards and searches are timed alone. What a decode step takes beyond them, and what of the search it hides
+    behind the host's work, only decoding shows: so steps of both kinds are run, the plain ones give C(1), and what a
+    drafted one takes beyond its parts (or less than them) goes to every search.
     """
     cache = target.new_cache()
     cache.reserve(CONTEXT + MAX_NODES)
@@ -143,11 +150,8 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
     mx.eval(target.extend(tokens, cache).hidden)
     context = mx.zeros((drafter.config.context_size,), dtype=target.dtype)
 
-    def choice(nodes: mx.array) -> mx.array:
-        return mx.argmax(target.verify(chain(nodes), cache).logits, axis=-1).astype(mx.int32)
-
     def forward(rows: int) -> Callable[[], float]:
-        return lambda: _seconds(lambda: choice(tokens[:rows]))
+        return lambda: _seconds(lambda: mx.argmax(target.verify(chain(tokens[:rows]), cache).logits, axis=-1))
 
     def draft(width: int, length: int) -> Callable[[], float]:
         root = mx.array(0, dtype=mx.int32)
@@ -160,38 +164,45 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
 
         return run
 
-    def host() -> float:
-        """Building a forward, which the host does while the device drafts."""
-        begun = time.perf_counter()
-        choice(tokens[:4])
-        return time.perf_counter() - begun
-
     widths = [w for w in WIDTHS if w <= drafter.config.draft_vocab]
-    jobs: dict[tuple[str, int, int], Callable[[], float]] = {("host", 0, 0): host}
+    jobs: dict[tuple[str, int, int], Callable[[], float]] = {}
     for width in widths:
         for length in (2, 5):
             jobs["draft", width, length] = draft(width, length)
     for rows in ROWS:
-        jobs["rows", rows, 0] = forward(rows) if rows > 1 else lambda: _plain_seconds(choice, tokens[:1])
+        jobs["rows", rows, 0] = forward(rows)
     times = _interleaved(jobs, budget)
     rows_seconds = {key[1]: value for key, value in times.items() if key[0] == "rows"}
-    first = {w: times["draft", w, 2] - times["host", 0, 0] for w in widths}
+    first = {w: times["draft", w, 2] for w in widths}
     level = {w: max(0.0, (times["draft", w, 5] - times["draft", w, 2]) / 3) for w in widths}
-    return CostTable(rows_seconds, first, level)
+    beam = Beam(widths[min(1, len(widths) - 1)], 3, nodes=4)
+    plain, drafted = _decoding(target, drafter, beam, tokens.tolist(), budget)  # type: ignore[arg-type]
+    beyond = drafted - rows_seconds[4] - (first[beam.width] + level[beam.width])
+    return CostTable(rows_seconds | {1: plain}, {w: first[w] + beyond for w in widths}, level)
 
 
-def _plain_seconds(choice: Callable[[mx.array], mx.array], token: mx.array) -> float:
-    """A step as plain decoding runs it: launched before the token of the one before is read."""
-    ahead, begun = None, 0.0
-    for _ in range(1 + PLAIN_STEPS):
-        token = choice(token)
-        mx.async_eval(token)
-        if ahead is not None:
-            ahead.item()  # mx.eval would wait for the step just launched as well
-            begun = begun or time.perf_counter()
-        ahead = token
-    mx.eval(ahead)
-    return (time.perf_counter() - begun) / PLAIN_STEPS
+def _decoding(
+    target: Target, drafter: RecurrentDrafter, beam: Beam, tokens: list[int], budget: float
+) -> tuple[float, float]:
+    """Median seconds of a plain decode step and of one that drafts `beam`."""
+    streams = []
+    for policy in (Off(), Fixed(beam)):
+        decoder = Decoder(target, drafter, target.new_cache(), policy, Sampling())
+        decoder.prefill(tokens)
+        streams.append(decoder.steps())
+    times: tuple[list[float], list[float]] = ([], [])
+    started = time.perf_counter()
+    for _ in range(BLOCKS):
+        for stream, seconds in zip(streams, times, strict=True):
+            mx.synchronize()  # the other kind's last step was launched ahead
+            for step in range(BLOCK):
+                begun = time.perf_counter()
+                next(stream)
+                if step:  # the first has nothing launched ahead of it, or grows the cache
+                    seconds.append(time.perf_counter() - begun)
+        if time.perf_counter() - started > budget / 2:
+            break
+    return float(np.median(times[0])), float(np.median(times[1]))
 
 
 def _seconds(build: Callable[[], mx.array]) -> float:

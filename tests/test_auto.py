@@ -20,7 +20,7 @@ from redrafter_mlx.auto import Auto, Experience
 from redrafter_mlx.cost import CostTable, cache_path, cost_table
 from redrafter_mlx.generation import generate
 from redrafter_mlx.sampling import Sampling
-from redrafter_mlx.tree import Levels
+from redrafter_mlx.tree import Beam, Levels
 
 
 def table(slope: float, draft: float = 0.02) -> CostTable:
@@ -157,6 +157,23 @@ def test_table_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
     wide = make("llama", exit_dim=128)
     assert wide.drafter is not None
     assert cache_path(wide.target, wide.drafter) != path
+
+
+def test_the_table_says_what_decode_steps_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever forwards and searches take alone: plain steps are C(1), a drafted step is the sum of its parts."""
+    monkeypatch.setattr(cost, "_decoding", lambda *a: (0.5, 0.9))
+    model = make("llama")
+    assert model.drafter is not None
+    table = cost.measure(model.target, model.drafter, budget=0.1)
+    assert table.rows[1] == 0.5
+    assert table.rows[4] + table.draft_seconds(2, 3) == pytest.approx(0.9)
+
+
+def test_decode_steps_of_both_kinds_are_timed() -> None:
+    model = make("llama")
+    assert model.drafter is not None
+    plain, drafted = cost._decoding(model.target, model.drafter, Beam(2, 3, 4), [1, 2, 3], 1.0)
+    assert 0 < plain < drafted, "four rows and a search against one row"
 
 
 def test_interpolation() -> None:
