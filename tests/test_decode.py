@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from tests.toy import FAMILIES, VOCAB, make, make_drafter, make_target
@@ -196,7 +194,10 @@ def test_memory_does_not_grow_with_the_text(draft: str) -> None:
 
 
 @pytest.mark.parametrize("draft", ["off", "1x3", "3x3@5"])
-def test_the_cache_is_written_in_place(draft: str) -> None:
+def test_the_cache_is_written_in_place(draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what is set going is done when the call returns: on a busy machine the device may still read an array when it
+    # is written next, which MLX then copies
+    monkeypatch.setattr(mx, "async_eval", mx.eval)
     cache, model = PromptCache(), make("llama")
 
     def addresses() -> list[int]:
@@ -205,9 +206,7 @@ def test_the_cache_is_written_in_place(draft: str) -> None:
         return [view.__array_interface__["data"][0] for view in views]
 
     seen = []
-    for _ in stream_generate(model, PROMPT, max_tokens=60, draft=draft, cache=cache):
-        seen.append(addresses())
-    assert len(seen[0]) == 6
-    # MLX copies where the device still reads the old array, which a machine busy with other things lets happen
-    moves = sum(before != after for before, after in itertools.pairwise(seen[10:50]))
-    assert moves <= 4
+    for index, _ in enumerate(stream_generate(model, PROMPT, max_tokens=60, draft=draft, cache=cache)):
+        if index in (10, 50):
+            seen.append(addresses())
+    assert len(seen[0]) == 6 and seen[0] == seen[1]
