@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +82,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
 
     if length < 2:
         raise ValueError(f"--length counts the root and must be at least 2, not {length}")
+    shape = Shape(exit_dim, layers)
     request = Request(
         out=out,
         prompts=prompts,
@@ -94,7 +96,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         disk_budget=None if disk_budget is None else disk_budget * 1e9,
         start_from=start_from,
         vocabulary=draft_vocab,
-        shape=Shape(exit_dim, layers, draft_vocab_size=6144 if draft_vocab is None else draft_vocab or None),
+        shape=shape if draft_vocab is None else replace(shape, draft_vocab_size=draft_vocab or None),
         settings=Settings(
             epochs=epochs,
             learning_rate=learning_rate,

@@ -86,12 +86,11 @@ def take_over() -> str | None:
         ValueError: `REDRAFTER_BLAS` names a file that cannot be loaded.
     """
     wanted = os.environ.get(ENV, "")
-    if sys.platform == "linux" and wanted.lower() != "off":
-        _keep_freed_memory()
-        os.environ.setdefault(*_WAIT)
     if sys.platform != "linux" or wanted.lower() == "off":
         _log.debug("BLAS: left as it is (%s)", wanted or sys.platform)
         return None
+    _keep_freed_memory()
+    os.environ.setdefault(*_WAIT)
     if "mlx.core" in sys.modules:
         _log.debug("BLAS: mlx.core was imported before redrafter_mlx, too late to replace it")
         warnings.warn(

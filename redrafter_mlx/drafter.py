@@ -250,6 +250,16 @@ class RecurrentDrafter(nn.Module):
             return None
         return mx.arange(self.config.draft_vocab_size, dtype=mx.int32) + self.d2t
 
+    def draft_ids(self) -> mx.array:
+        """(vocab_size,) int32: the drafter's id of every token of the target; -1 outside its vocabulary."""
+        own = mx.arange(self.config.draft_vocab, dtype=mx.int32)
+        ids = self.target_ids()
+        if ids is None:
+            return own
+        out = mx.full((self.config.vocab_size,), -1, dtype=mx.int32)
+        out[ids] = own
+        return out
+
     def next_state(self, state: mx.array | None, embedding: mx.array) -> mx.array:
         """One RNN step. state (..., H), None before the first token; embedding (..., H) -> (..., H)."""
         if not self.config.rnn:

@@ -62,3 +62,11 @@ def test_the_vendor_decides_which_comes_first(
 def test_too_late_after_mlx() -> None:
     result = run("import mlx.core; import redrafter_mlx")
     assert "mlx was imported before redrafter_mlx" in result.stderr
+
+
+@linux_only
+@pytest.mark.parametrize(("own", "expected"), [({}, "10"), ({"OPENBLAS_THREAD_TIMEOUT": "20"}, "20")])
+def test_openblas_threads_sleep_soon_unless_told_otherwise(own: dict[str, str], expected: str) -> None:
+    code = "import os; {}import redrafter_mlx; print(os.environ['OPENBLAS_THREAD_TIMEOUT'])"
+    unset = "" if own else "os.environ.pop('OPENBLAS_THREAD_TIMEOUT', None); "
+    assert run(code.format(unset), **own).stdout.strip() == expected

@@ -148,6 +148,8 @@ def test_gradients_are_those_of_the_plain_formula(block: int, monkeypatch: pytes
     got = mx.grad(blocked, argnums=(0, 1))(features, matrix)
     teacher = probs @ matrix, probs.sum(axis=1, keepdims=True), weights[:, None]
     frozen = mx.grad(lambda x: 3 * cross_entropy(x, matrix, *teacher)[0])(features)
+    for loss in (cross_entropy(features, matrix, *teacher)[0], blocked(features, matrix) / 3):
+        assert loss.item() == pytest.approx(plain(features, matrix).item(), rel=1e-5)
     for mine, theirs in zip((*got, frozen), (*want, want[0]), strict=True):
         np.testing.assert_allclose(np.array(mine), 3 * np.array(theirs), atol=1e-5)
 
@@ -350,11 +352,21 @@ def test_a_run_can_go_on_from_a_drafter(target: Target, data: Path, tmp_path: Pa
     wider = make_trainer(target, replace(request, vocabulary=60, out=second))
     assert wider.drafter.config.draft_vocab == 60 and wider.coverage > made.coverage
     assert f"covers {wider.coverage:.1%} of the text" in wider.estimate()
+    everything = make_trainer(target, replace(request, vocabulary=0, out=second))
+    assert everything.drafter.config.draft_vocab == VOCAB and everything.coverage == 1
+    with pytest.raises(ValueError, match="has a full head, made for the vocabulary it has"):
+        make_trainer(target, replace(request, vocabulary=40, start_from=full_headed(target, tmp_path)))
     earlier = load_drafter(second).config.training["earlier"]
     assert [run["epochs"] for run in earlier] == [20]
     assert "| before that, run 1 |" in (second / "README.md").read_text()
     with pytest.raises(ValueError, match="does not fit the target"):
         make_trainer(make_target("qwen2"), replace(request, start_from=other_drafter(tmp_path)))
+
+
+def full_headed(target: Target, folder: Path) -> Path:
+    drafter = RecurrentDrafter(config(head="full", draft_vocab_size=40)).bind(target)
+    save_drafter(drafter, folder / "full")
+    return folder / "full"
 
 
 def other_drafter(folder: Path) -> Path:

@@ -29,11 +29,7 @@ def calibrate(
         rows: (V, H) of the target's output embedding for the drafter's vocabulary.
         batches: held-out text. Tokens outside the drafter's vocabulary do not count.
     """
-    ids = drafter.target_ids()
-    draft_id = np.full(target.vocab_size, -1)
-    draft_id[np.arange(target.vocab_size) if ids is None else np.array(ids)] = np.arange(
-        drafter.config.draft_vocab
-    )
+    draft_id = np.array(drafter.draft_ids())
     matrix = rows if drafter.config.head == "factored" else drafter.lm_head[-1].weight
     loss, counted = np.zeros((depths, len(TEMPERATURES))), np.zeros(depths)
     for batch in batches:

@@ -216,13 +216,8 @@ class Teacher:
     """
 
     def __init__(self, drafter: RecurrentDrafter, batch: Batch, rows: mx.array, soft: float) -> None:
-        self.contexts, self.tokens = batch.contexts[:, 1:], batch.tokens[:, 1:]
-        self.rows, self.soft = rows, soft
-        ids = drafter.target_ids()
-        self.ids = mx.arange(rows.shape[0]) if ids is None else ids
-        draft_ids = mx.full((drafter.config.vocab_size,), -1, dtype=mx.int32)
-        draft_ids[self.ids] = mx.arange(len(self.ids), dtype=mx.int32)
-        self.draft_tokens = draft_ids[self.tokens]
+        self.contexts, self.rows, self.soft = batch.contexts[:, 1:], rows, soft
+        self.draft_tokens = drafter.draft_ids()[batch.tokens[:, 1:]]
         """(N, T - 1): the token of the text as the drafter counts it, -1 outside its vocabulary"""
 
     def probs(self) -> mx.array:
@@ -231,7 +226,7 @@ class Teacher:
         if self.soft > 0:
             probs = self.soft * teacher_probs(self.contexts, self.rows)
         if self.soft < 1:
-            probs = probs + (1 - self.soft) * (self.tokens[..., None] == self.ids)
+            probs = probs + (1 - self.soft) * (self.draft_tokens[..., None] == mx.arange(self.rows.shape[0]))
         return probs
 
     def expected(self, matrix: mx.array) -> tuple[mx.array, mx.array]:

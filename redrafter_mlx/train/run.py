@@ -93,7 +93,8 @@ class Request:
     start_from: Path | None = None
     """A drafter of this target to go on from, its shape included; None: a new one."""
     vocabulary: int | None = None
-    """With `start_from`: choose so many of the text's commonest tokens anew; None: the drafter's own."""
+    """With `start_from`: choose so many of the text's commonest tokens anew, 0: all; None: the
+    drafter's own."""
     shape: Shape = field(default_factory=Shape)
     settings: Settings = field(default_factory=Settings)
 
@@ -177,7 +178,12 @@ def make_trainer(target: Target, request: Request) -> Trainer:
         if drafter.config.quantization:
             raise ValueError(f"{request.start_from} is quantised: go on from what it was made of")
         if request.vocabulary is not None:
-            choose_vocabulary(drafter, corpus, request.vocabulary)
+            if drafter.config.head != "factored":
+                raise ValueError(
+                    f"{request.start_from} has a full head, made for the vocabulary it has: only a factored one "
+                    f"can take another of {request.vocabulary} tokens"
+                )
+            choose_vocabulary(drafter, corpus, request.vocabulary or drafter.config.vocab_size)
         drafter.bind(target).freeze(keys=["d2t"], recurse=False)
         with_config(drafter, calibration=())  # that of the old weights
     return Trainer(drafter, target, corpus, request.out, request.settings)

@@ -108,17 +108,11 @@ def new_drafter(config: DrafterConfig, target: Target, corpus: Corpus, seed: int
 
 
 def choose_vocabulary(drafter: RecurrentDrafter, corpus: Corpus, size: int) -> None:
-    """Make the `size` commonest tokens of the corpus, by frequency, the drafter's vocabulary (bind it after).
-
-    Raises:
-        ValueError: the drafter has a full head, whose rows are made for the vocabulary it has.
+    """Make the `size` commonest tokens of the corpus, by frequency, the drafter's vocabulary (bind it after). The
+    rows of a full head are not moved, so one that was trained must keep its vocabulary.
     """
-    config = drafter.config
-    if size != config.draft_vocab_size:
-        if config.head != "factored":
-            raise ValueError(f"a vocabulary of {size} tokens needs a factored head: a full one keeps its own")
-        with_config(drafter, draft_vocab_size=size)
-    counts = corpus.token_counts(config.vocab_size)
+    with_config(drafter, draft_vocab_size=size)
+    counts = corpus.token_counts(drafter.config.vocab_size)
     ids = np.argsort(-counts, kind="stable")[:size]
     drafter.d2t = mx.array(ids - np.arange(len(ids)), dtype=mx.int32)
     drafter.freeze(keys=["d2t"], recurse=False)
