@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx.utils import tree_flatten
+
 from redrafter_mlx.files import new_file
 from redrafter_mlx.train.corpus import Corpus
 from redrafter_mlx.train.loss import Objective
@@ -77,9 +79,7 @@ def run(model: rd.Model, data: Path, out: Path, variant: Variant) -> dict[str, o
     seconds = time.perf_counter() - begun
     found = held_out(drafter, model.target.embed, corpus, Beam(1, 5), HELD_OUT_TOKENS)
     shutil.rmtree(out)
-    own = sum(a.size for a in (drafter.rnn_u.weight, drafter.rnn_w.weight)) if variant.shape.rnn else 0
-    own += drafter.input_proj.weight.size + sum(b.linear.weight.size for b in drafter.lm_head[:-1])
-    own += drafter.lm_head[-1].weight.size
+    own = sum(a.size for _, a in tree_flatten(drafter.trainable_parameters()))
     return {
         "positions": corpus.num_positions,
         "million_weights": round(own / 1e6, 2),

@@ -20,18 +20,10 @@ from redrafter_mlx import measure
 from redrafter_mlx.prompts import read_requests
 
 DRAFTS = ("off", "1x4", "3x4", "8x5@16", "auto")
+FILTERS = "--top-p 0.9 --top-k 50 --min-p 0.02"
 SETTINGS = {
     "T = 0": ["--temperature", "0"],
-    "T = 0.7, top-p 0.9, top-k 50, min-p 0.02": [
-        "--temperature",
-        "0.7",
-        "--top-p",
-        "0.9",
-        "--top-k",
-        "50",
-        "--min-p",
-        "0.02",
-    ],  # fmt: skip
+    "T = 0.7, top-p 0.9, top-k 50, min-p 0.02": ["--temperature", "0.7", *FILTERS.split()],
     "T = 1": ["--temperature", "1"],
 }
 
