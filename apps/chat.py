@@ -41,19 +41,9 @@ def chat(  # noqa: PLR0913  (typer: one argument per option)
     kv_bits: opt.KVBitsOption = None,
 ) -> None:
     """Talk with a model. /help lists what else can be typed."""
-    opt.check_draft(draft)
-    opt.check_max_tokens(max_tokens)
-    from redrafter_mlx import Sampling
-
+    settings = opt.settings(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
     from .conversation import Conversation
 
-    settings = opt.Settings(
-        sampling=Sampling(temperature, top_p, top_k, min_p, seed),
-        draft=draft,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        kv_bits=kv_bits,
-    )
     conversation = Conversation(opt.load_model(model, drafter), settings, system)
     if sys.stdin.isatty():
         _note(f"{model}: /help for help, Ctrl-C stops an answer, Ctrl-D leaves")

@@ -49,17 +49,7 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     """Answer a prompt, standard input, or every prompt of a file."""
     requests = _requests(prompt, prompts)
     _check(requests, raw, system)
-    opt.check_draft(draft)
-    opt.check_max_tokens(max_tokens)
-    from redrafter_mlx import Sampling
-
-    settings = opt.Settings(
-        sampling=Sampling(temperature, top_p, top_k, min_p, seed),
-        draft=draft,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        kv_bits=kv_bits,
-    )
+    settings = opt.settings(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
     loaded = opt.load_model(model, drafter)
     streams = _streams(loaded, requests, settings, raw, system)
     write = _write_json if as_json else _write_text

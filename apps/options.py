@@ -73,6 +73,30 @@ class Settings:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
+def settings(  # noqa: PLR0913  (the options of every command that writes text)
+    draft: str,
+    max_tokens: int,
+    stop: list[str] | None,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    seed: int | None,
+    kv_bits: int | None,
+) -> Settings:
+    """The shared options as one value, checked before a model is loaded.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
+    check_draft(draft)
+    check_max_tokens(max_tokens)
+    from redrafter_mlx import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, min_p, seed)
+    return Settings(sampling, draft, max_tokens, tuple(stop or ()), kv_bits)
+
+
 def check_draft(draft: str) -> str:
     """`draft` itself when it is one; before a model is loaded, which takes seconds.
 

@@ -37,6 +37,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         typer.Option(help="GB of hidden states on the disk after which no more text is written."),
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 2.0,
+    batch: Annotated[int, typer.Option(help="Positions in a batch: a multiple of 32.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its peak.")] = 1e-3,
     length: Annotated[int, typer.Option(help="Beam length to train for, root included.")] = 5,
     soft: Annotated[
@@ -49,7 +50,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
     exit_dim: Annotated[
         int | None, typer.Option(help="Width of the drafter. Default: from the hidden size.")
     ] = None,
-    layers: Annotated[int, typer.Option(help="Residual blocks.")] = 2,
+    layers: Annotated[int | None, typer.Option(help="Residual blocks. Default: 2.")] = None,
     draft_vocab: Annotated[
         int | None,
         typer.Option(
@@ -82,7 +83,12 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
 
     if length < 2:
         raise ValueError(f"--length counts the root and must be at least 2, not {length}")
-    shape = Shape(exit_dim, layers)
+    window = Settings().window
+    if batch < 1 or batch % window:
+        raise ValueError(f"--batch must be a multiple of {window}, not {batch}")
+    if start_from is not None and (exit_dim is not None or layers is not None):
+        raise ValueError("--start-from keeps that drafter's shape, so it takes no --exit-dim and no --layers")
+    shape = Shape(exit_dim, 2 if layers is None else layers)
     request = Request(
         out=out,
         prompts=prompts,
@@ -100,6 +106,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         settings=Settings(
             epochs=epochs,
             learning_rate=learning_rate,
+            windows=batch // window,
             objective=Objective(depths=length - 1, soft=soft, reach=reach),
             seed=seed,
             patience=patience,

@@ -30,7 +30,7 @@ from redrafter_mlx.train.run import Shape
 from redrafter_mlx.train.trainer import Settings, Trainer, new_drafter
 from redrafter_mlx.tree import Beam
 
-HELD_OUT_TOKENS = 12_000
+HELD_OUT_TOKENS = 6_000
 
 
 @dataclass(frozen=True, slots=True)

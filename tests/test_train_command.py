@@ -106,6 +106,9 @@ def test_killed_twice_it_ends_as_if_never_killed(
         (["--context-layers", "a"], "--context-layers must be auto, none or numbers"),
         (["--context-layers", "7"], "context_layers must lie in 0..2"),
         (["--soft", "2"], "soft must be between 0 and 1, not 2.0"),
+        (["--batch", "100"], "--batch must be a multiple of 32, not 100"),
+        (["--start-from", "d", "--exit-dim", "64"], "--start-from keeps that drafter's shape"),
+        (["--start-from", "d", "--layers", "2"], "--start-from keeps that drafter's shape"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from redrafter_mlx.files import new_file
+
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl.
@@ -41,5 +43,6 @@ def plot(metrics: Path, image: Path) -> None:
     right.plot([p for p, _ in losses], [loss for _, loss in losses], color="tab:gray")
     right.set_ylabel("loss", color="tab:gray")
     figure.tight_layout()
-    figure.savefig(image, dpi=90)
+    with new_file(image) as part:
+        figure.savefig(part, format="png", dpi=90)
     pyplot.close(figure)
