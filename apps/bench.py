@@ -143,19 +143,15 @@ def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:
 
 def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
     from redrafter_mlx import measure
+    from redrafter_mlx.decode import Stats
 
-    drafted = [run.stats for run in result.runs["drafted"]]
+    drafted = Stats()
+    for run in result.runs["drafted"]:
+        drafted.add(run.stats)
     plain = result.runs["plain"]
-    steps = sum(s.steps for s in drafted)
     others = [name for name in ("plain", "mlx_lm") if name in result.runs]
     base = max(others, key=lambda name: float(result.rate(name)[1]))
-    tokens_per_step = 1 + sum(s.accepted_tokens for s in drafted) / steps
     speedup = result.ratio("drafted", base)
-    depths = max(len(s.accepted_by_depth) for s in drafted)
-    by_depth = [
-        sum(s.accepted_by_depth[d] for s in drafted if d < len(s.accepted_by_depth)) for d in range(depths)
-    ]
-    beam_length = 1 + depths
     mlx_lm = result.rate("mlx_lm") if "mlx_lm" in result.runs else None
     report = {
         **measure.machine(),
@@ -176,18 +172,18 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         "speedup_over": base,
         "speedup_quartiles": [round(v, 4) for v in speedup],
         "speedup_total_time": round(result.total("drafted") / result.total(base), 4),
-        "tokens_per_step": round(tokens_per_step, 4),
-        "efficiency": round(speedup[1] / tokens_per_step, 4),
-        "accepted_by_depth": [round(count / steps, 4) for count in by_depth],
+        "tokens_per_step": round(drafted.tokens_per_step, 4),
+        "efficiency": round(speedup[1] / drafted.tokens_per_step, 4),
+        "accepted_by_depth": [round(share, 4) for share in drafted.acceptance],
         "identical": all(
             a.token_ids == b.token_ids for a, b in zip(plain, result.runs["drafted"], strict=True)
         ),
-        "rows_per_step": round(1 + sum(s.drafted_tokens for s in drafted) / steps, 3),
-        "syncs_per_step": round(sum(s.syncs for s in drafted) / steps, 4),
-        "bytes_per_step": measure.bytes_per_step(model, beam_length),
-        "peak_memory_bytes": max(s.peak_memory_bytes for s in drafted),
+        "rows_per_step": round(1 + drafted.drafted_tokens / drafted.steps, 3),
+        "syncs_per_step": round(drafted.syncs / drafted.steps, 4),
+        "bytes_per_step": measure.bytes_per_step(model, 1 + len(drafted.acceptance)),
+        "peak_memory_bytes": drafted.peak_memory_bytes,
         "plain_peak_memory_bytes": max(run.stats.peak_memory_bytes for run in plain),
-        "prefill_seconds": round(sum(s.prefill_seconds for s in drafted), 3),
+        "prefill_seconds": round(drafted.prefill_seconds, 3),
         "categories": {
             name: round(result.ratio("drafted", base, name)[1], 4) for name in sorted(set(result.categories))
         },

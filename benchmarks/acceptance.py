@@ -1,7 +1,8 @@
-"""Tokens per step of a drafter on MT-bench's first turns, greedy: exact, and without running the target for each beam.
+"""Tokens per step of a drafter on MT-bench's first turns: exact, and greedy without running the target for each beam.
 
 The target writes its greedy answers once (in batches), with the states it wrote them in; every beam is then replayed
-(redrafter_mlx/train/replay.py). Run: python -m benchmarks.acceptance [DRAFTER] [--max-tokens 256] [--beams 1x5 8x5@32].
+(redrafter_mlx/train/replay.py). With a temperature, where the drafter shares the target's noise, every beam decodes.
+Run: python -m benchmarks.acceptance [DRAFTER] [--max-tokens 256] [--beams 1x5 8x5@32] [--temperature 1 --limit 20].
 The last line is one JSON object.
 """
 
@@ -13,6 +14,7 @@ import redrafter_mlx as rd  # before mlx
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,25 @@ def _texts(
     ]
 
 
+def replayed(model: Model, texts: list[tuple[np.ndarray, list[int]]], beam: Beam) -> Iterator[Stats]:
+    """Of every text, what greedy decoding would have done."""
+    assert model.drafter is not None
+    for contexts, tokens in texts:
+        stats = Stats()
+        for accepted in replay(model.drafter, model.target.embed, contexts, tokens, beam):
+            stats.observe(beam.nodes or beam.most_nodes, accepted)
+        yield stats
+
+
+def decoded(
+    model: Model, requests: list[Request], beam: str, max_tokens: int, temperature: float
+) -> Iterator[Stats]:
+    """Of every prompt, what decoding did; the prompt's number is its seed."""
+    for seed, request in enumerate(requests):
+        sampling = rd.Sampling(temperature=temperature, seed=seed)
+        yield rd.generate(model, request.prompt, draft=beam, max_tokens=max_tokens, sampling=sampling)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("drafter", nargs="?", help="drafter folder; the shipped one by default")
@@ -72,22 +93,26 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None)
     parser.add_argument("--beams", nargs="+", default=["1x5", "8x5@32"])
     parser.add_argument("--keep", type=Path, help="file (.npz) to keep the answers in, or to take them from")
+    parser.add_argument("--temperature", type=float, default=0.0)
     arguments = parser.parse_args()
     model = rd.load(*([arguments.model] if arguments.model else []), drafter=arguments.drafter)
     if model.drafter is None:
         sys.exit("error: the model has no drafter: name its folder")
     requests = measure.spread(read_requests(measure.MT_BENCH), arguments.limit)
-    texts = _texts(model, requests, arguments.max_tokens, arguments.keep)
+    greedy, max_tokens = arguments.temperature == 0, arguments.max_tokens
+    texts = _texts(model, requests, max_tokens, arguments.keep) if greedy else []
     result: dict[str, object] = {**measure.machine(), "drafter": arguments.drafter or "shipped"}
-    result |= {"max_tokens": arguments.max_tokens, "prompts": len(texts)}
+    result |= {"max_tokens": max_tokens, "prompts": len(requests), "temperature": arguments.temperature}
     for name in arguments.beams:
-        beam, total = Beam.parse(name), Stats()
+        if greedy:
+            found = replayed(model, texts, Beam.parse(name))
+        else:
+            found = decoded(model, requests, name, max_tokens, arguments.temperature)
+        total = Stats()
         categories: dict[str, Stats] = {}
-        for request, (contexts, tokens) in zip(requests, texts, strict=True):
-            found = replay(model.drafter, model.target.embed, contexts, tokens, beam)
-            for accepted in found:
-                for stats in (total, categories.setdefault(request.category, Stats())):
-                    stats.observe(beam.nodes or beam.most_nodes, accepted)
+        for request, stats in zip(requests, found, strict=True):
+            total.add(stats)
+            categories.setdefault(request.category, Stats()).add(stats)
         result[name] = round(total.tokens_per_step, 4)
         result[f"{name} by depth"] = [round(share, 4) for share in total.acceptance]
         result[f"{name} by category"] = {k: round(r.tokens_per_step, 3) for k, r in categories.items()}

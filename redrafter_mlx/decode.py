@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import cast
 
 import mlx.core as mx
@@ -83,6 +84,21 @@ class Stats:
         self.accepted_by_depth += [0] * (num_accepted - len(self.accepted_by_depth))
         for depth in range(num_accepted):
             self.accepted_by_depth[depth] += 1
+
+    def add(self, other: Stats) -> None:
+        """Count the steps of another generation too."""
+        for name in (
+            "steps",
+            "drafted_tokens",
+            "accepted_tokens",
+            "syncs",
+            "prefill_seconds",
+            "decode_seconds",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        both = zip_longest(self.accepted_by_depth, other.accepted_by_depth, fillvalue=0)
+        self.accepted_by_depth = [mine + theirs for mine, theirs in both]
+        self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
 
     def to_dict(self) -> dict[str, object]:
         values: dict[str, object] = {name: getattr(self, name) for name in self.__slots__}

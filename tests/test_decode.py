@@ -10,6 +10,7 @@ from tests.toy import FAMILIES, VOCAB, make, make_drafter, make_target
 import mlx.core as mx
 import numpy as np
 
+from redrafter_mlx.decode import Stats
 from redrafter_mlx.generation import Model, PromptCache, generate, stream_generate
 from redrafter_mlx.sampling import Sampling
 
@@ -123,6 +124,11 @@ def test_stats_add_up() -> None:
     assert stats.accepted_tokens == sum(stats.accepted_by_depth)
     assert stats.tokens_per_step == pytest.approx(1 + stats.accepted_tokens / stats.steps)
     assert stats.prompt_tokens == len(PROMPT) and stats.finish_reason == "length"
+    both = Stats()
+    for draft in ("off", "3x4@7"):
+        both.add(generate(model, PROMPT, max_tokens=30, draft=draft)[1])
+    assert (both.steps, both.syncs) == (29 + stats.steps, 29 + stats.steps)
+    assert both.acceptance == tuple(count / both.steps for count in stats.accepted_by_depth)
 
 
 @pytest.mark.parametrize("draft", ["off", "3x4"])
