@@ -215,6 +215,19 @@ def test_states_stay_within_the_disk_budget(tmp_path: Path, caplog: pytest.LogCa
     assert contents(tmp_path / "small") == contents(tmp_path / "whole")
 
 
+def test_text_given_keeps_several_answers_to_a_prompt(tmp_path: Path) -> None:
+    """The same answer again, and what answers an excluded prompt, are left out."""
+    prompts = ["aa", "bb", "aa", "aa", "cc"]
+    text = Text(prompts, [0.0, 0.0, 1.0, 0.0, 0.0], [[5, 6], [7], [8, 9, 5], [5, 6], [4]])
+    assert generator(tmp_path, excluded=["cc"]).run_text(text) == 6
+    kept = Text.of(tmp_path)
+    assert list(zip(kept.prompts, kept.answers, strict=True)) == [
+        ("aa", [5, 6]),
+        ("bb", [7]),
+        ("aa", [8, 9, 5]),
+    ]
+
+
 def test_the_target_asks_itself(tmp_path: Path) -> None:
     """A random target writes nonsense, but finished, new and excluded questions are told apart."""
     made = generator(tmp_path, rows=16)

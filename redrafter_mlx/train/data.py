@@ -252,9 +252,11 @@ class Generator:
         return total
 
     def run_text(self, text: Text, on_step: Progress | None = None) -> int:
-        """Write shards of answers that the target wrote before: only their states are computed.
-        Returns their tokens."""
-        kept = [i for i, prompt in enumerate(text.prompts) if self.filter.accepts(prompt)]
+        """Write shards of answers that the target wrote before: only their states are computed. A prompt may have
+        several, if they differ. Returns their tokens."""
+        pairs = [(prompt, tuple(answer)) for prompt, answer in zip(text.prompts, text.answers, strict=True)]
+        first = {pair: index for index, pair in reversed(list(enumerate(pairs)))}
+        kept = [i for i, pair in enumerate(pairs) if first[pair] == i and not self.filter.excludes(pair[0])]
         total = 0
         for shard, begin in enumerate(range(0, len(kept), self.recipe.rows)):
             path = shard_path(self.folder, shard)

@@ -72,10 +72,15 @@ class PromptFilter:
     def accepts(self, text: str) -> bool:
         """True for a new prompt, which is thereby no longer new."""
         key = normalise(text)
-        if not key or key in self._seen or any(self._resembles(key, other) for other in self._excluded):
+        if key in self._seen or self.excludes(text):
             return False
         self._seen.add(key)
         return True
+
+    def excludes(self, text: str) -> bool:
+        """True for an empty prompt and one that must not be trained on."""
+        key = normalise(text)
+        return not key or any(self._resembles(key, other) for other in self._excluded)
 
     @staticmethod
     def _resembles(key: str, excluded: str) -> bool:
