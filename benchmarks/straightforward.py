@@ -1,9 +1,10 @@
 """Our decode step against a straightforward port of the algorithm, at equal width x length and equal weights.
 
 The port does what Apple's MLX code does (recurrent_drafting.py, tree_attention.py): it verifies all W L rows, W copies
-of the root among them, cuts the logits to the 50 largest by partitioning the vocabulary, and waits for the device after
-the draft, after the verification and after the acceptance. It is written here for this comparison; the target, the KV
-cache and the drafter's weights are the same on both sides. Run: python -m benchmarks.straightforward --shapes 3x4 8x5
+of the root among them, cuts the logits to the 50 largest by partitioning the vocabulary (which on Metal is a sort;
+--sort sorts here too), and waits for the device after the draft, after the verification and after the acceptance. It is
+written here for this comparison; the target, the KV cache and the drafter's weights are the same on both sides. A shape
+WxL@N gives our side its N rows. Run: python -m benchmarks.straightforward --shapes 3x4 8x5@8
 The last line is one JSON object.
 """
 
@@ -27,14 +28,15 @@ from redrafter_mlx.tree import Beam, TokenTree
 KEPT = 50
 
 
-def warp(logits: mx.array) -> mx.array:
+def warp(logits: mx.array, sorts: bool) -> mx.array:
     """All but the 50 largest of every row set to -50000."""
-    index = mx.argpartition(-logits, KEPT, axis=-1)[..., :KEPT]
+    order = mx.argsort(-logits, axis=-1) if sorts else mx.argpartition(-logits, KEPT, axis=-1)
+    index = order[..., :KEPT]
     out = mx.full(logits.shape, -50000.0)
     return mx.put_along_axis(out, index, mx.take_along_axis(logits, index, axis=-1), axis=-1)
 
 
-def draft(model: Model, hidden: mx.array, root: int, beam: Beam) -> mx.array:
+def draft(model: Model, hidden: mx.array, root: int, beam: Beam, sorts: bool) -> mx.array:
     """Beams (W, L), the root in column 0."""
     drafter, width = model.drafter, beam.width
     assert drafter is not None
@@ -46,7 +48,7 @@ def draft(model: Model, hidden: mx.array, root: int, beam: Beam) -> mx.array:
         drafter.prepare(hidden[None]), (width, drafter.prepare(hidden[None]).shape[-1])
     )
     for _ in range(beam.length - 1):
-        logits = warp(drafter.head(drafter.features(prepared, state)))
+        logits = warp(drafter.head(drafter.features(prepared, state)), sorts)
         scores = (total[:, None] + logits - mx.logsumexp(logits, axis=-1, keepdims=True)).reshape(-1)
         best = mx.argpartition(-scores, width - 1)[:width]
         slot, token = best // logits.shape[1], (best % logits.shape[1]).astype(mx.int32)
@@ -67,7 +69,7 @@ def rows_of(beams: mx.array) -> TokenTree:
     return TokenTree(beams.reshape(-1), mx.where(depth == 0, rows, rows - 1), depth, mask, length - 1)
 
 
-def decode(model: Model, prompt: list[int], max_tokens: int, beam: Beam) -> measure.Run:
+def decode(model: Model, prompt: list[int], max_tokens: int, beam: Beam, sorts: bool) -> measure.Run:
     cache = model.target.new_cache()
     cache.reserve(len(prompt) + max_tokens + 64)
     begun = time.perf_counter()
@@ -77,9 +79,9 @@ def decode(model: Model, prompt: list[int], max_tokens: int, beam: Beam) -> meas
     started = time.perf_counter()
     tokens = [root]
     while len(tokens) < max_tokens:
-        beams = draft(model, hidden, root, beam)
+        beams = draft(model, hidden, root, beam, sorts)
         verified = model.target.verify(rows_of(beams), cache)
-        logits = warp(verified.logits)
+        logits = warp(verified.logits, sorts)
         mx.eval(logits, verified.hidden)
         choice = mx.argmax(logits, axis=-1).reshape(beams.shape).astype(mx.int32)
         agrees = (beams[:, 1:] == choice[:, :-1]).astype(mx.int32)
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--shapes", nargs="+", default=["3x4", "4x4", "8x5"])
+    parser.add_argument("--sort", action="store_true", help="the port sorts the vocabulary, as on Metal")
     arguments = parser.parse_args()
     model = rd.load()
     requests = measure.spread(read_requests(measure.MT_BENCH), arguments.limit)
@@ -109,12 +112,13 @@ def main() -> None:
         **measure.machine(),
         "prompts": len(prompts),
         "max_tokens": arguments.max_tokens,
+        "port_sorts": arguments.sort,
     }
     for shape in arguments.shapes:
         beam = Beam.parse(shape)
 
         def port(prompt: list[int], beam: Beam = beam) -> measure.Run:
-            return decode(model, prompt, arguments.max_tokens, beam)
+            return decode(model, prompt, arguments.max_tokens, beam, arguments.sort)
 
         arms = {"port": port, "ours": measure.own_arm(model, shape, arguments.max_tokens, rd.Sampling())}
         *_, compared = measure.compare(arms, prompts, ["all"] * len(prompts))
