@@ -31,9 +31,11 @@ NODES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # few, because a GPU compile
 FIRST_NODES = 4  # of the first search, when nothing is known
 TRIAL = 3  # drafted steps before the first verdict
 REVISE = 12  # steps between later ones
-LOOK = 48  # steps between two wide searches
+LOOK, LOOKS = 24, 16  # steps between two wide searches, and how many of them are kept
 FIRST_PAUSE, LONGEST_PAUSE = 32, 1024  # plain steps before drafting is tried again
 PROBE_EVERY, PROBE = 256, 4  # drafted steps, then a few plain ones, to know what a plain one costs now
+MEMORY = 0.99  # what a step's evidence on the drafter's probabilities is worth one step later
+PRIOR = 2.0  # accepted nodes per depth that must be seen before the evidence outweighs them
 MARGIN = 1.05  # drafting must beat plain decoding by this: the prediction is no better than its table
 EARLY_MARGINS = {
     TRIAL: 0.9,
@@ -45,11 +47,11 @@ EARLY_MARGINS = {
 class Mode:
     """What was learned in greedy decoding, or in sampling: acceptance differs between the two."""
 
-    predicted: np.ndarray = field(default_factory=lambda: np.full(WIDE[1] - 1, 2.0))
+    predicted: np.ndarray = field(default_factory=lambda: np.zeros(WIDE[1] - 1))
     """per depth, decayed sum of predicted probabilities"""
-    accepted: np.ndarray = field(default_factory=lambda: np.full(WIDE[1] - 1, 2.0))
+    accepted: np.ndarray = field(default_factory=lambda: np.zeros(WIDE[1] - 1))
     """per depth, decayed count of accepted nodes"""
-    wide: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=8))
+    wide: deque[np.ndarray] = field(default_factory=lambda: deque(maxlen=LOOKS))
     """log-probabilities (L-1, W) of the last wide searches"""
     best: Beam | None = None
     """what pays, once there was a verdict"""
@@ -61,14 +63,17 @@ class Mode:
 
     @property
     def trust(self) -> np.ndarray:
-        """(L-1,): how many nodes of a depth are accepted for each one predicted, at most 1.5."""
-        return np.minimum(self.accepted / self.predicted, 1.5)
+        """(L-1,): how many nodes of a depth are accepted for each one predicted, at most 1.5; 1 where little was
+        seen."""
+        return np.minimum((self.accepted + PRIOR) / (self.predicted + PRIOR), 1.5)
 
     def hear(self, predicted: np.ndarray, num_accepted: int) -> None:
-        """Compare what was predicted for the verified nodes of each depth, (depths,), with what came."""
-        depths = predicted.size
-        self.predicted[:depths] = 0.97 * self.predicted[:depths] + predicted
-        self.accepted[:depths] *= 0.97
+        """Compare what was predicted for the verified nodes of each depth, (depths,), with what came. Depths that
+        were not drafted are forgotten too: else a bad run there would keep them from ever being tried again.
+        """
+        self.predicted *= MEMORY
+        self.accepted *= MEMORY
+        self.predicted[: predicted.size] += predicted
         self.accepted[:num_accepted] += 1
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from redrafter_mlx import auto as auto_module
 from redrafter_mlx import cost
-from redrafter_mlx.auto import Auto, Experience
+from redrafter_mlx.auto import Auto, Experience, Mode
 from redrafter_mlx.cost import CostTable, cache_path, cost_table
 from redrafter_mlx.generation import generate
 from redrafter_mlx.sampling import Sampling
@@ -83,6 +83,16 @@ def test_a_drafter_that_is_always_wrong_costs_next_to_nothing(
     assert tokens / seconds > (0.95 if slope < 0.5 else 0.9)
     said = [r for r in caplog.records if "does not pay" in r.message]
     assert len(said) == 1, "it says so once"
+
+
+def test_a_bad_run_at_a_depth_is_forgotten_when_it_is_no_longer_drafted() -> None:
+    mode = Mode()
+    for _ in range(60):
+        mode.hear(np.array([0.5, 0.3]), 1)
+    assert mode.trust[1] < 0.25 and mode.trust[0] == 1.5
+    for _ in range(500):
+        mode.hear(np.array([0.5]), 1)
+    assert mode.trust[1] > 0.8
 
 
 def test_it_comes_back() -> None:
