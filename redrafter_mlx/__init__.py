@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import blas
 
-blas.take_over()  # before anything imports mlx.core
+BLAS = blas.take_over()  # before anything imports mlx.core
 
 if TYPE_CHECKING:
     from .drafter import DrafterConfig as DrafterConfig

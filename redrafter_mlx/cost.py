@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from . import BLAS
 from .decode import Decoder
 from .default_model import cache_dir
 from .device import device_name
@@ -116,7 +118,7 @@ def cost_table(target: Target, drafter: RecurrentDrafter, fresh: bool = False) -
 
 
 def cache_path(target: Target, drafter: RecurrentDrafter) -> Path:
-    """One file per device, MLX version, model sizes and dtypes, drafter sizes."""
+    """One file per device, BLAS and its threads, MLX version, model sizes and dtypes, drafter sizes."""
 
     def sizes(module: Any) -> list[str]:
         return sorted({f"{array.shape}{array.dtype}" for array in named(module).values()})
@@ -126,6 +128,8 @@ def cache_path(target: Target, drafter: RecurrentDrafter) -> Path:
     config = {k: v for k, v in config.items() if k not in ("training", "calibration", "target")}
     identity = [
         device_name(),
+        BLAS,
+        sorted((key, value) for key, value in os.environ.items() if key.endswith("_NUM_THREADS")),
         version,
         target.name,
         len(target.model.layers),

@@ -167,6 +167,10 @@ def test_table_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
     wide = make("llama", exit_dim=128)
     assert wide.drafter is not None
     assert cache_path(wide.target, wide.drafter) != path
+    monkeypatch.setattr(cost, "BLAS", "another.so")
+    slow = cache_path(model.target, model.drafter)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert len({path, slow, cache_path(model.target, model.drafter)}) == 3, "another BLAS, other threads"
 
 
 def test_the_table_says_what_decode_steps_take(monkeypatch: pytest.MonkeyPatch) -> None:
