@@ -88,7 +88,11 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         raise ValueError(f"--batch must be a multiple of {window}, not {batch}")
     if start_from is not None and (exit_dim is not None or layers is not None):
         raise ValueError("--start-from keeps that drafter's shape, so it takes no --exit-dim and no --layers")
-    shape = Shape(exit_dim, 2 if layers is None else layers)
+    shape = Shape(exit_dim)
+    if layers is not None:
+        shape = replace(shape, num_draft_layers=layers)
+    if draft_vocab is not None:
+        shape = replace(shape, draft_vocab_size=draft_vocab or None)
     request = Request(
         out=out,
         prompts=prompts,
@@ -102,7 +106,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         disk_budget=None if disk_budget is None else disk_budget * 1e9,
         start_from=start_from,
         vocabulary=draft_vocab,
-        shape=shape if draft_vocab is None else replace(shape, draft_vocab_size=draft_vocab or None),
+        shape=shape,
         settings=Settings(
             epochs=epochs,
             learning_rate=learning_rate,

@@ -14,7 +14,7 @@ import redrafter_mlx as rd  # before mlx
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from redrafter_mlx.files import new_file
 from redrafter_mlx.generation import Model, encode
 from redrafter_mlx.prompts import Request, read_requests
 from redrafter_mlx.train.generate import Row, Written, write
-from redrafter_mlx.train.replay import replay
+from redrafter_mlx.train.replay import replayed
 from redrafter_mlx.tree import Beam
 
 
@@ -66,16 +66,6 @@ def _texts(
     ]
 
 
-def replayed(model: Model, texts: list[tuple[np.ndarray, list[int]]], beam: Beam) -> Iterator[Stats]:
-    """Of every text, what greedy decoding would have done."""
-    assert model.drafter is not None
-    for contexts, tokens in texts:
-        stats = Stats()
-        for accepted in replay(model.drafter, model.target.embed, contexts, tokens, beam):
-            stats.observe(beam.nodes or beam.most_nodes, accepted)
-        yield stats
-
-
 def decoded(
     model: Model, requests: list[Request], beam: str, max_tokens: int, temperature: float
 ) -> Iterator[Stats]:
@@ -105,7 +95,11 @@ def main() -> None:
     result |= {"max_tokens": max_tokens, "prompts": len(requests), "temperature": arguments.temperature}
     for name in arguments.beams:
         if greedy:
-            found = replayed(model, texts, Beam.parse(name))
+            beam = Beam.parse(name)
+            found: Iterable[Stats] = (
+                replayed(model.drafter, model.target.embed, contexts, tokens, beam)
+                for contexts, tokens in texts
+            )
         else:
             found = decoded(model, requests, name, max_tokens, arguments.temperature)
         total = Stats()

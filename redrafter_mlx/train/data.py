@@ -255,8 +255,10 @@ class Generator:
         """Write shards of answers that the target wrote before: only their states are computed. A prompt may have
         several, if they differ. Returns their tokens."""
         pairs = [(prompt, tuple(answer)) for prompt, answer in zip(text.prompts, text.answers, strict=True)]
-        first = {pair: index for index, pair in reversed(list(enumerate(pairs)))}
-        kept = [i for i, pair in enumerate(pairs) if first[pair] == i and not self.filter.excludes(pair[0])]
+        first: dict[tuple[str, tuple[int, ...]], int] = {}
+        for index, pair in enumerate(pairs):
+            first.setdefault(pair, index)
+        kept = [index for (prompt, _), index in first.items() if not self.filter.excludes(prompt)]
         total = 0
         for shard, begin in enumerate(range(0, len(kept), self.recipe.rows)):
             path = shard_path(self.folder, shard)
