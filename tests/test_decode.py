@@ -129,6 +129,11 @@ def test_stats_add_up() -> None:
         both.add(generate(model, PROMPT, max_tokens=30, draft=draft)[1])
     assert (both.steps, both.syncs) == (29 + stats.steps, 29 + stats.steps)
     assert both.acceptance == tuple(count / both.steps for count in stats.accepted_by_depth)
+    one, other = Stats(), Stats()
+    one.observe(4, 1)
+    other.observe(7, 2)
+    one.add(other)
+    assert (one.accepted_by_depth, one.drafted_tokens, one.tokens_per_step) == ([2, 1], 9, 2.5)
 
 
 @pytest.mark.parametrize("draft", ["off", "3x4"])
