@@ -21,7 +21,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ENV = "REDRAFTER_BLAS"
@@ -77,6 +77,19 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         for option, value in _MALLOPT.items():
             mallopt(option, value)
+
+
+def openblas_threads(path: str | None, kernels: Iterable[str]) -> int:
+    """How many threads the OpenBLAS at `path` computes with; 0 where it is none, or not one with these kernels."""
+    if path is None:
+        return 0
+    library = ctypes.CDLL(path)
+    try:
+        library.openblas_get_corename.restype = ctypes.c_char_p
+        name = library.openblas_get_corename().decode()
+        return int(library.openblas_get_num_threads()) if name.upper() in kernels else 0
+    except AttributeError:
+        return 0
 
 
 def take_over() -> str | None:

@@ -26,6 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .activation import silu
+from .few_rows import Product, share_products
 from .files import new_folder, read_json, read_safetensors, write_safetensors
 from .weights import check, named, nbytes
 
@@ -178,8 +179,8 @@ class RecurrentDrafter(nn.Module):
         if config.draft_vocab_size is not None:
             self.d2t = mx.zeros((config.draft_vocab_size,), dtype=mx.int32)
             self.freeze(keys=["d2t"], recurse=False)
-        self._rows: mx.array | None = None  # (V, H), the target's; not a parameter
-        self._halves: tuple[mx.array, mx.array] | None = None
+        self._rows: Product | None = None  # weight (V, H), the target's; not a parameter
+        self._halves: tuple[Product, Product] | None = None
 
     @property
     def has_input_proj(self) -> bool:
@@ -188,7 +189,7 @@ class RecurrentDrafter(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes one level of a search reads: the own weights, and the target's rows of a factored head."""
-        return nbytes(self) + (self._rows.nbytes if self._rows is not None else 0)
+        return nbytes(self) + (self._rows.weight.nbytes if self._rows is not None else 0)
 
     @property
     def is_bound(self) -> bool:
@@ -212,17 +213,18 @@ class RecurrentDrafter(nn.Module):
                     f"the target has {theirs}"
                 )
         if config.head == "factored":
-            self._rows = target.output_rows(self.target_ids())
+            self._rows = Product(target.output_rows(self.target_ids()))
         return self
 
     def settle(self) -> RecurrentDrafter:
         """Say that the weights are final: the two parts of `input_proj`, for the context and for the
-        state, are laid out apart, which a search would otherwise do anew at every level.
+        state, are laid out apart, which a search would otherwise do anew at every level, and products of few rows
+        are shared among the cores.
         """
+        share_products(self)
         if self._splits_projection:
-            size = self.config.context_size
-            weight = self.input_proj.weight
-            self._halves = (mx.contiguous(weight[:, :size]), mx.contiguous(weight[:, size:]))
+            context, state = self._projections()
+            self._halves = (Product(mx.contiguous(context)), Product(mx.contiguous(state)))
         return self
 
     def update(  # type: ignore[override]
@@ -239,8 +241,6 @@ class RecurrentDrafter(nn.Module):
 
     def _projections(self) -> tuple[mx.array, mx.array]:
         """Weights of `input_proj` for the context (X, C) and for the state (X, H)."""
-        if self._halves is not None:
-            return self._halves
         weight, size = self.input_proj.weight, self.config.context_size
         return weight[:, :size], weight[:, size:]
 
@@ -286,12 +286,15 @@ class RecurrentDrafter(nn.Module):
         """
         if not self._splits_projection:
             return context
-        return context @ self._projections()[0].T + self.input_proj.bias
+        weight = self._projections()[0]
+        product = context @ weight.T if self._halves is None else self._halves[0](context)
+        return product + self.input_proj.bias
 
     def features(self, prepared: mx.array, states: mx.array) -> mx.array:
         """From prepared context and states (..., H) to what the vocabulary multiplies, (..., X or H)."""
         if self._splits_projection:
-            x = prepared + states @ self._projections()[1].T
+            weight = self._projections()[1]
+            x = prepared + (states @ weight.T if self._halves is None else self._halves[1](states))
         else:
             x = mx.concatenate([prepared, states], axis=-1)
             x = self.input_proj(x) if self.has_input_proj else x
@@ -305,7 +308,7 @@ class RecurrentDrafter(nn.Module):
             return self.lm_head[-1](features)
         if self._rows is None:
             raise ValueError("a drafter with head 'factored' must be bound to its target first: bind(target)")
-        return features @ self._rows.T
+        return self._rows(features)
 
     def logits(self, hidden: mx.array, tokens: mx.array, embed: Embed) -> mx.array:
         """Logits for the token after each of `tokens`, the RNN being fed with them in order.
@@ -354,7 +357,7 @@ def full_head(drafter: RecurrentDrafter) -> RecurrentDrafter:
     full = RecurrentDrafter(DrafterConfig(**{**values, "head": "full"}))
     weights = named(drafter)
     name = f"lm_head.{drafter.config.num_draft_layers}.weight"
-    weights[name] = drafter._rows.astype(mx.float32) @ weights[name].astype(mx.float32)
+    weights[name] = drafter._rows.weight.astype(mx.float32) @ weights[name].astype(mx.float32)
     full.load_weights(list(weights.items()))
     return full
 

@@ -1,0 +1,120 @@
+"""Products shared among streams: the same values whatever the sizes, MLX's own product where it does not apply."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from redrafter_mlx import BLAS, blas, few_rows
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from redrafter_mlx.few_rows import MAX_ROWS, Product, share_products
+
+
+@pytest.fixture(params=[1, 2, 3])
+def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """As where OpenBLAS has so many threads and every matrix is large."""
+    made = (None, *(mx.new_thread_local_stream(mx.cpu) for _ in range(request.param - 1)))
+    monkeypatch.setattr(few_rows, "_streams", lambda: made)
+    monkeypatch.setattr(few_rows, "SHARED_FROM", 0)
+    with mx.stream(mx.cpu):
+        yield request.param
+
+
+@pytest.fixture
+def random() -> None:
+    mx.random.seed(0)
+
+
+def same(got: mx.array, wanted: mx.array) -> None:
+    assert got.shape == wanted.shape
+    np.testing.assert_allclose(np.array(got), np.array(wanted), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, MAX_ROWS])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (6144, 40), (600, 2048)])
+def test_blocks_are_small_and_give_the_plain_product(
+    streams: int, random: None, rows: int, outputs: int, inputs: int
+) -> None:
+    weight, x = mx.random.normal((outputs, inputs)), mx.random.normal((1, rows, inputs))
+    product = Product(weight)
+    blocks = product.blocks(x)
+    assert len(blocks) == streams and sum(b.shape[0] * b.shape[2] for b in blocks) == outputs
+    for block in blocks:
+        size = rows * block.shape[2]
+        assert size <= few_rows.SMALL_OUTPUT and size * inputs <= few_rows.SMALL_PRODUCT
+    same(product(x), x @ weight.T)
+    same(product(x[0]), x[0] @ weight.T)
+    same(product(x[0, 0]), x[0, 0] @ weight.T)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "dtype"),
+    [
+        (MAX_ROWS + 1, 96, 64, mx.float32),  # copying pays
+        (0, 96, 64, mx.float32),
+        (2, 97 * 6, 24, mx.float32),  # too few inputs for the small kernel
+        (2, 6 * 1009, 64, mx.float32),  # no divisor makes a block
+        (2, 96, 64, mx.float16),
+    ],
+)
+def test_left_alone(
+    streams: int, random: None, rows: int, outputs: int, inputs: int, dtype: mx.Dtype
+) -> None:
+    weight, x = mx.random.normal((outputs, inputs)).astype(dtype), mx.ones((rows, inputs), dtype)
+    product = Product(weight)
+    assert product.blocks(x) == [] and bool(mx.array_equal(product(x), x @ weight.T))
+
+
+def test_layers_share_until_their_weight_is_replaced(streams: int, random: None) -> None:
+    layers = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 48, bias=False), nn.Embedding(48, 96))
+    x, weights = mx.random.normal((1, 3, 64)), layers.parameters()
+
+    def outputs() -> list[mx.array]:
+        first = layers.layers[0](x)
+        return [first, layers.layers[1](first), layers.layers[2].as_linear(first)]
+
+    plain = outputs()
+    share_products(layers)
+    assert layers.layers[0]._product.blocks(x), "it applies"
+    for got, wanted in zip(outputs(), plain, strict=True):
+        same(got, wanted)
+    assert layers.parameters() == weights, "blocks are no parameters"
+    layers.layers[0].weight = layers.layers[0].weight * 2
+    same(layers.layers[0](x) - layers.layers[0].bias, 2 * (plain[0] - layers.layers[0].bias))
+    share_products(layers)
+    assert layers.layers[0]._product.blocks(x)[0].shape[1] == 64
+    same(layers.layers[0](x) - layers.layers[0].bias, 2 * (plain[0] - layers.layers[0].bias))
+
+
+def test_in_another_thread(streams: int, random: None) -> None:
+    weight, x = mx.random.normal((96, 64)), mx.random.normal((2, 64))
+    product, results = Product(weight), []
+    mx.eval(x, product(x))
+
+    def work() -> None:
+        with mx.stream(mx.cpu):
+            results.append(np.array(product(x)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    np.testing.assert_allclose(results[0], np.array(x @ weight.T), rtol=1e-4, atol=1e-3)
+
+
+def test_threads_are_asked_of_openblas_alone() -> None:
+    assert blas.openblas_threads(None, few_rows.KERNELS) == 0
+    assert blas.openblas_threads(BLAS, ["PDP11"]) == 0
+    if BLAS and "openblas" in BLAS:
+        import ctypes
+
+        library = ctypes.CDLL(BLAS)
+        library.openblas_get_corename.restype = ctypes.c_char_p
+        name = library.openblas_get_corename().decode()
+        assert blas.openblas_threads(BLAS, [name.upper()]) == library.openblas_get_num_threads() > 0
