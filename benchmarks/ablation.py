@@ -113,6 +113,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         points = sorted((r[key], r["1x5"]) for r in records if belongs(r["variant"]))
         axis.plot(*zip(*points, strict=True), marker="o")
         axis.set_xscale("log")
+        axis.set_xticks([x for x, _ in points], [f"{x:,}" for x, _ in points])
+        axis.minorticks_off()
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("tokens per step, 1x5, held out")
