@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from redrafter_mlx import BLAS, blas, few_rows
+from redrafter_mlx import BLAS, Sampling, blas, few_rows, generate
+from tests.toy import make
 
 # isort: split
 import mlx.core as mx
@@ -106,6 +107,21 @@ def test_in_another_thread(streams: int, random: None) -> None:
     thread.start()
     thread.join()
     np.testing.assert_allclose(results[0], np.array(x @ weight.T), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafted_text_is_the_plain_one(streams: int, temperature: float) -> None:
+    model = make("llama")
+    sampling = Sampling(temperature=temperature, seed=3)
+    plain, drafted = (
+        generate(model, [5, 6, 7], max_tokens=40, sampling=sampling, draft=draft)[1].token_ids
+        for draft in ("off", "2x3@4")
+    )
+    assert plain == drafted
+    head = model.target.model.lm_head
+    assert len(head._product.blocks(mx.zeros((4, 32)))) == (
+        streams if head.weight.shape[0] % streams == 0 else 0
+    )
 
 
 def test_threads_are_asked_of_openblas_alone() -> None:
