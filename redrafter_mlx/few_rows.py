@@ -40,6 +40,8 @@ class Product:
 
     def __init__(self, weight: mx.array) -> None:
         self.weight = weight
+        self._inputs = weight.shape[1]
+        self._most_rows = 0 if on_gpu() or weight.dtype != mx.float32 else MAX_ROWS
         self._blocks: dict[int, list[mx.array]] = {}
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -49,18 +51,19 @@ class Product:
 
     def blocks(self, x: mx.array) -> list[mx.array]:
         """The weights cut for as many rows as x has, (B, K, r) for every stream; none where that would not pay."""
-        rows = x.size // self.weight.shape[1]
-        if not 0 < rows <= MAX_ROWS or on_gpu():
+        rows = x.size // self._inputs
+        if not 0 < rows <= self._most_rows:
             return []
-        if rows not in self._blocks:
-            self._blocks[rows] = _cut(self.weight, rows)
-        return self._blocks[rows]
+        blocks = self._blocks.get(rows)
+        if blocks is None:
+            blocks = self._blocks[rows] = _cut(self.weight, rows)
+        return blocks
 
 
 def _cut(weight: mx.array, rows: int) -> list[mx.array]:
     outputs, inputs = weight.shape
     parts = len(_streams()) if weight.size >= SHARED_FROM else min(1, len(_streams()))
-    if not parts or weight.dtype != mx.float32 or inputs < SMALL_INPUT or outputs % parts:
+    if not parts or inputs < SMALL_INPUT or outputs % parts:
         return []
     share = outputs // parts
     block = min(share, SMALL_OUTPUT // rows, SMALL_PRODUCT // (rows * inputs))
