@@ -90,9 +90,8 @@ class _Linear(nn.Linear):
     _product: Product
 
     def __call__(self, x: mx.array) -> mx.array:
-        blocks = (
-            self._product.blocks(x) if self._product.weight is self.weight else None
-        )  # None: it was updated
+        current = self._product.weight is self.weight  # not so once the layer was updated
+        blocks = self._product.blocks(x) if current else []
         if not blocks:
             return super().__call__(x)
         out = in_blocks(x, blocks)
