@@ -43,7 +43,7 @@ WIDTHS = (1, 2, 4, 8)
 BUDGET_SECONDS = 5.0
 CONTEXT = 128  # positions in the cache while measuring
 BLOCKS, BLOCK = 3, 6  # of decode steps, plain and drafted ones in turn
-VERSION = 8
+VERSION = 9
 
 
 @dataclass(slots=True)

@@ -38,18 +38,32 @@ def same(got: mx.array, wanted: mx.array) -> None:
     np.testing.assert_allclose(np.array(got), np.array(wanted), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, MAX_ROWS])
-@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (6144, 40), (600, 2048)])
-def test_blocks_are_small_and_give_the_plain_product(
-    streams: int, random: None, rows: int, outputs: int, inputs: int
+@pytest.mark.parametrize("rows", [1, 2, 5, 12, MAX_ROWS])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "tile"),
+    [
+        (192, 64, 64),
+        (96, 64, 32),
+        (6144, 40, 64),
+        (640, 1536, 32),
+        (608, 600, 32),
+        (80, 2048, 16),
+        (48, 9000, 16),
+    ],
+)
+def test_tiles_are_small_and_give_the_plain_product(
+    streams: int, random: None, rows: int, outputs: int, inputs: int, tile: int
 ) -> None:
     weight, x = mx.random.normal((outputs, inputs)), mx.random.normal((1, rows, inputs))
     product = Product(weight)
-    blocks = product.blocks(x)
-    assert len(blocks) == streams and sum(b.shape[0] * b.shape[2] for b in blocks) == outputs
-    for block in blocks:
-        size = rows * block.shape[2]
-        assert size <= few_rows.SMALL_OUTPUT and size * inputs <= few_rows.SMALL_PRODUCT
+    tiles = product.tiles(x)
+    size = rows * tile
+    assert bool(tiles) == (size <= few_rows.SMALL_OUTPUT and size * inputs <= few_rows.SMALL_PRODUCT)
+    if tiles:
+        assert len(tiles) == min(streams, outputs // tile)
+        assert {part.shape[2] for part in tiles} == {tile}
+        assert sum(part.shape[0] for part in tiles) * tile == outputs
+        assert product.tiles(x) is tiles
     same(product(x), x @ weight.T)
     same(product(x[0]), x[0] @ weight.T)
     same(product(x[0, 0]), x[0, 0] @ weight.T)
@@ -60,8 +74,8 @@ def test_blocks_are_small_and_give_the_plain_product(
     [
         (MAX_ROWS + 1, 96, 64, mx.float32),  # copying pays
         (0, 96, 64, mx.float32),
-        (2, 97 * 6, 24, mx.float32),  # too few inputs for the small kernel
-        (2, 6 * 1009, 64, mx.float32),  # no divisor makes a block
+        (2, 96, 24, mx.float32),  # too few inputs for the small kernel
+        (2, 200, 64, mx.float32),  # no tile divides the outputs
         (2, 96, 64, mx.float16),
     ],
 )
@@ -70,7 +84,7 @@ def test_left_alone(
 ) -> None:
     weight, x = mx.random.normal((outputs, inputs)).astype(dtype), mx.ones((rows, inputs), dtype)
     product = Product(weight)
-    assert product.blocks(x) == [] and bool(mx.array_equal(product(x), x @ weight.T))
+    assert product.tiles(x) == [] and bool(mx.array_equal(product(x), x @ weight.T))
 
 
 def test_layers_share_until_their_weight_is_replaced(streams: int, random: None) -> None:
@@ -83,14 +97,14 @@ def test_layers_share_until_their_weight_is_replaced(streams: int, random: None)
 
     plain = outputs()
     share_products(layers)
-    assert layers.layers[0]._product.blocks(x), "it applies"
+    assert layers.layers[0]._product.tiles(x), "it applies"
     for got, wanted in zip(outputs(), plain, strict=True):
         same(got, wanted)
-    assert layers.parameters() == weights, "blocks are no parameters"
+    assert layers.parameters() == weights, "tiles are no parameters"
     layers.layers[0].weight = layers.layers[0].weight * 2
     same(layers.layers[0](x) - layers.layers[0].bias, 2 * (plain[0] - layers.layers[0].bias))
     share_products(layers)
-    assert layers.layers[0]._product.blocks(x)[0].shape[1] == 64
+    assert layers.layers[0]._product.tiles(x)[0].shape[1] == 64
     same(layers.layers[0](x) - layers.layers[0].bias, 2 * (plain[0] - layers.layers[0].bias))
 
 
@@ -119,9 +133,21 @@ def test_drafted_text_is_the_plain_one(streams: int, temperature: float) -> None
     )
     assert plain == drafted
     head = model.target.model.lm_head
-    assert len(head._product.blocks(mx.zeros((4, 32)))) == (
-        streams if head.weight.shape[0] % streams == 0 else 0
-    )
+    assert head._product.tiles(mx.zeros((4, 32)))
+
+
+def test_no_copies_that_crowd_the_memory(
+    streams: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    need = 4 * 2 * 64 * 96
+    monkeypatch.setattr(few_rows, "_memory", lambda: need / few_rows.MEMORY - 1)
+    share_products(layers)
+    assert type(layers.layers[0]) is nn.Linear
+    assert "second copy" in caplog.text
+    monkeypatch.setattr(few_rows, "_memory", lambda: need / few_rows.MEMORY)
+    share_products(layers)
+    assert type(layers.layers[0]) is not nn.Linear
 
 
 def test_threads_are_asked_of_openblas_alone() -> None:
