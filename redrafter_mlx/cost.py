@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 from . import BLAS
 from .decode import Decoder
 from .default_model import cache_dir
-from .device import device_name
+from .device import device_name, on_gpu
 from .drafter import RecurrentDrafter
 from .files import new_file, read_json
 from .policy import Fixed, Off
@@ -37,13 +37,15 @@ from .weights import named
 _log = logging.getLogger("redrafter_mlx")
 
 # Where MLX's kernels change, and between: 5-row tiles, 6/10/12/13/14/15/18/25/32/33-row limits on
-# Metal.
+# Metal. A CPU is steeper, and slow enough that every size measured costs the others samples.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 32, 33, 48, 64)
+CPU_ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 WIDTHS = (1, 2, 4, 8)
-BUDGET_SECONDS = 5.0
+BUDGET_SECONDS = 4.0
 CONTEXT = 128  # positions in the cache while measuring
-BLOCKS, BLOCK = 3, 6  # of decode steps, plain and drafted ones in turn
-VERSION = 9
+DEAR = 2.5  # plain steps
+BLOCKS, BLOCK = 4, 4  # of decode steps, plain ones and those of every width in turn
+VERSION = 10
 
 
 @dataclass(slots=True)
@@ -145,8 +147,8 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
     all sizes alike.
 
     Forwards and searches are timed alone. What a decode step takes beyond them, and what of the search it hides
-    behind the host's work, only decoding shows: so steps of both kinds are run, the plain ones give C(1), and what a
-    drafted one takes beyond its parts (or less than them) goes to every search.
+    behind the host's work, only decoding shows: so steps are run, plain ones and some of every width. The plain ones
+    give C(1); what a drafted one takes beyond its parts (or less than them) goes to the first level of its width.
     """
     cache = target.new_cache()
     cache.reserve(CONTEXT + MAX_NODES)
@@ -173,32 +175,35 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
     for width in widths:
         for length in (2, 5):
             jobs["draft", width, length] = draft(width, length)
-    for rows in ROWS:
+    for rows in ROWS if on_gpu() else CPU_ROWS:
         jobs["rows", rows, 0] = forward(rows)
     times = _interleaved(jobs, budget)
     rows_seconds = {key[1]: value for key, value in times.items() if key[0] == "rows"}
     first = {w: times["draft", w, 2] for w in widths}
     level = {w: max(0.0, (times["draft", w, 5] - times["draft", w, 2]) / 3) for w in widths}
-    beam = Beam(widths[min(1, len(widths) - 1)], 3, nodes=4)
-    plain, drafted = _decoding(target, drafter, beam, tokens.tolist(), budget)  # type: ignore[arg-type]
-    beyond = drafted - rows_seconds[4] - (first[beam.width] + level[beam.width])
-    return CostTable(rows_seconds | {1: plain}, {w: first[w] + beyond for w in widths}, level)
+    beams = [Beam(w, 3, min(4, 1 + 2 * w)) for w in widths]
+    plain, *drafted = _decoding(target, drafter, beams, tokens.tolist(), budget)  # type: ignore[arg-type]
+    rows_seconds[1] = plain
+    for beam, seconds in zip(beams, drafted, strict=True):
+        assert beam.nodes is not None
+        first[beam.width] = seconds - rows_seconds[beam.nodes] - level[beam.width]
+    return CostTable(rows_seconds, first, level)
 
 
 def _decoding(
-    target: Target, drafter: RecurrentDrafter, beam: Beam, tokens: list[int], budget: float
-) -> tuple[float, float]:
-    """Median seconds of a plain decode step and of one that drafts `beam`."""
+    target: Target, drafter: RecurrentDrafter, beams: Sequence[Beam], tokens: list[int], budget: float
+) -> list[float]:
+    """Median seconds of a plain decode step and of those that draft each of `beams`."""
     streams = []
-    for policy in (Off(), Fixed(beam)):
+    for policy in (Off(), *(Fixed(beam) for beam in beams)):
         decoder = Decoder(target, drafter, target.new_cache(), policy, Sampling())
         decoder.prefill(tokens)
         streams.append(decoder.steps())
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in streams]
     started = time.perf_counter()
     for _ in range(BLOCKS):
         for stream, seconds in zip(streams, times, strict=True):
-            mx.synchronize()  # the other kind's last step was launched ahead
+            mx.synchronize()  # the other kinds' last steps were launched ahead
             for step in range(BLOCK):
                 begun = time.perf_counter()
                 next(stream)
@@ -206,7 +211,7 @@ def _decoding(
                     seconds.append(time.perf_counter() - begun)
         if time.perf_counter() - started > budget / 2:
             break
-    return float(np.median(times[0])), float(np.median(times[1]))
+    return [float(np.median(seconds)) for seconds in times]
 
 
 def _seconds(build: Callable[[], mx.array]) -> float:
@@ -218,8 +223,8 @@ def _seconds(build: Callable[[], mx.array]) -> float:
 def _interleaved(
     jobs: dict[tuple[str, int, int], Callable[[], float]], budget: float
 ) -> dict[tuple[str, int, int], float]:
-    """Median seconds of every job. Sizes that cost over five plain steps are dropped: they can
-    never pay.
+    """Median seconds of every job. Sizes that cost over five plain steps are dropped: they can never pay. Those
+    over `DEAR` of them, which seldom do, are measured once.
     """
     started, times = time.perf_counter(), {}
     for key, job in jobs.items():
@@ -228,9 +233,10 @@ def _interleaved(
         plain = times.get(("rows", 1, 0))
         if key[0] == "rows" and key[1] > 5 and plain and times[key][0] > 5 * plain[0]:
             break
+    again = [key for key in times if times[key][0] <= DEAR * times["rows", 1, 0][0]]
     for _ in range(8):
         if time.perf_counter() - started > budget:
             break
-        for key in times:
+        for key in again:
             times[key].append(jobs[key]())
     return {key: float(np.median(values)) for key, values in times.items()}

@@ -244,6 +244,10 @@ class RecurrentDrafter(nn.Module):
         weight, size = self.input_proj.weight, self.config.context_size
         return weight[:, :size], weight[:, size:]
 
+    def _project(self, x: mx.array, part: int) -> mx.array:
+        """x times one part of `input_proj`: 0, for the context, or 1, for the state."""
+        return x @ self._projections()[part].T if self._halves is None else self._halves[part](x)
+
     def target_ids(self) -> mx.array | None:
         """(V,) int32: the target's id of every draft token; None where they are the same."""
         if self.config.draft_vocab_size is None:
@@ -286,15 +290,12 @@ class RecurrentDrafter(nn.Module):
         """
         if not self._splits_projection:
             return context
-        weight = self._projections()[0]
-        product = context @ weight.T if self._halves is None else self._halves[0](context)
-        return product + self.input_proj.bias
+        return self._project(context, 0) + self.input_proj.bias
 
     def features(self, prepared: mx.array, states: mx.array) -> mx.array:
         """From prepared context and states (..., H) to what the vocabulary multiplies, (..., X or H)."""
         if self._splits_projection:
-            weight = self._projections()[1]
-            x = prepared + (states @ weight.T if self._halves is None else self._halves[1](states))
+            x = prepared + self._project(states, 1)
         else:
             x = mx.concatenate([prepared, states], axis=-1)
             x = self.input_proj(x) if self.has_input_proj else x

@@ -175,19 +175,21 @@ def test_table_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_the_table_says_what_decode_steps_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever forwards and searches take alone: plain steps are C(1), a drafted step is the sum of its parts."""
-    monkeypatch.setattr(cost, "_decoding", lambda *a: (0.5, 0.9))
+    monkeypatch.setattr(cost, "_decoding", lambda *a: [0.5, 0.8, 0.9, 1.0, 1.2])
     model = make("llama")
     assert model.drafter is not None
     table = cost.measure(model.target, model.drafter, budget=0.1)
     assert table.rows[1] == 0.5
-    assert table.rows[4] + table.draft_seconds(2, 3) == pytest.approx(0.9)
+    assert table.rows[3] + table.draft_seconds(1, 3) == pytest.approx(0.8)
+    for width, seconds in ((2, 0.9), (4, 1.0), (8, 1.2)):
+        assert table.rows[4] + table.draft_seconds(width, 3) == pytest.approx(seconds)
 
 
-def test_decode_steps_of_both_kinds_are_timed() -> None:
+def test_decode_steps_of_all_kinds_are_timed() -> None:
     model = make("llama")
     assert model.drafter is not None
-    plain, drafted = cost._decoding(model.target, model.drafter, Beam(2, 3, 4), [1, 2, 3], 1.0)
-    assert plain > 0 and drafted > 0
+    seconds = cost._decoding(model.target, model.drafter, [Beam(1, 2, 2), Beam(2, 3, 4)], [1, 2, 3], 1.0)
+    assert len(seconds) == 3 and min(seconds) > 0
 
 
 def test_interpolation() -> None:
