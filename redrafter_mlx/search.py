@@ -2,7 +2,7 @@
 
 The target draws its token at position p as argmax(log p + gumbel(seed, p)). The drafter adds the same noise
 to its own logits, so that it guesses what the target will draw and not what is likely on average: scores =
-log softmax((logits + T gumbel) / tau), tau = 1 at T = 0 (docs/algorithm.md, "Sampling").
+log softmax((logits / c + T gumbel) / tau), c the depth's calibration, tau = 1 at T = 0 (docs/algorithm.md, "Sampling").
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def search(  # noqa: PLR0913  (four by keyword)
 
 
 def _log_softmax(drafter: RecurrentDrafter, logits: mx.array, level: int, noise: mx.array | None) -> mx.array:
+    if level < len(drafter.config.calibration):
+        logits = logits / drafter.config.calibration[level]
     if noise is not None:
         logits = (logits + noise[level]) / SAMPLING_TAU
-    elif level < len(drafter.config.calibration):
-        logits = logits / drafter.config.calibration[level]
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 

@@ -22,6 +22,7 @@ from redrafter_mlx.drafter import (
     quantize_drafter,
     save_drafter,
 )
+from redrafter_mlx.search import search
 
 GOLDENS = Path(__file__).parent / "goldens" / "drafter"
 NAMES = sorted(path.name for path in GOLDENS.iterdir())
@@ -197,3 +198,17 @@ def test_calibration_changes_probabilities_not_order() -> None:
     drafter.config = DrafterConfig(64, 32, 64, 1, calibration=(2.0, 2.0, 2.0))
     same, after = drafter.beam_search(hidden, 3, target.embed, 1, 4)
     assert mx.array_equal(plain, same) and not mx.allclose(before, after)
+
+
+def test_noise_is_added_to_calibrated_logits() -> None:
+    """One beam follows argmax(logits / c + noise), each depth with its own c."""
+    target = make_target()
+    drafter = make_drafter(target)
+    drafter.config = DrafterConfig(64, 32, 64, 1, calibration=(0.1, 3.0))
+    hidden, root = mx.random.normal((32,)), mx.array(3, dtype=mx.int32)
+    noise = mx.random.gumbel((3, 64))
+    levels = search(drafter, hidden, root, target.embed, width=1, length=4, noise=noise)
+    drafted = [3, *levels.tokens.reshape(-1).tolist()]
+    logits = drafter.logits(hidden[None], mx.array([drafted[:3]]), target.embed)[0]
+    for depth, c in enumerate((0.1, 3.0, 1.0)):  # beyond what was calibrated: as they are
+        assert drafted[depth + 1] == int(mx.argmax(logits[depth] / c + noise[depth]))
