@@ -13,8 +13,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .default_model import cache_dir
 from .device import device_name, on_gpu
 from .drafter import RecurrentDrafter
 from .files import new_file, read_json
-from .policy import Fixed, Off
+from .policy import Fixed, Off, Policy
 from .sampling import Sampling
 from .search import search
 from .target import Target
@@ -36,16 +37,19 @@ from .weights import named
 
 _log = logging.getLogger("redrafter_mlx")
 
+Job = Callable[[], float]
+"""measures something; its seconds"""
+
 # Where MLX's kernels change, and between: 5-row tiles, 6/10/12/13/14/15/18/25/32/33-row limits on
 # Metal. A CPU is steeper, and slow enough that every size measured costs the others samples.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 32, 33, 48, 64)
 CPU_ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 WIDTHS = (1, 2, 4, 8)
-BUDGET_SECONDS = 4.0
+BUDGET_SECONDS = 6.0
 CONTEXT = 128  # positions in the cache while measuring
 DEAR = 2.5  # plain steps
-BLOCKS, BLOCK = 4, 4  # of decode steps, plain ones and those of every width in turn
-VERSION = 10
+ROUNDS, STEPS = 8, 2  # of all measurements; decode steps in one
+VERSION = 11
 
 
 @dataclass(slots=True)
@@ -143,8 +147,7 @@ def cache_path(target: Target, drafter: RecurrentDrafter) -> Path:
 
 
 def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SECONDS) -> CostTable:
-    """Measure within about `budget` seconds and some decode steps, rounds interleaved so that a slow moment hits
-    all sizes alike.
+    """Measure within about `budget` seconds, everything in turn so that a slow moment hits all alike.
 
     Forwards and searches are timed alone. What a decode step takes beyond them, and what of the search it hides
     behind the host's work, only decoding shows: so steps are run, plain ones and some of every width. The plain ones
@@ -156,10 +159,10 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
     mx.eval(target.extend(tokens, cache).hidden)
     context = mx.zeros((drafter.config.context_size,), dtype=target.dtype)
 
-    def forward(rows: int) -> Callable[[], float]:
+    def forward(rows: int) -> Job:
         return lambda: _seconds(lambda: mx.argmax(target.verify(chain(tokens[:rows]), cache).logits, axis=-1))
 
-    def draft(width: int, length: int) -> Callable[[], float]:
+    def draft(width: int, length: int) -> Job:
         root = mx.array(0, dtype=mx.int32)
 
         def run() -> float:
@@ -170,48 +173,40 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
 
         return run
 
+    def step(policy: Policy) -> Job:
+        decoder = Decoder(target, drafter, target.new_cache(), policy, Sampling())
+        decoder.prefill(tokens.tolist())  # type: ignore[arg-type]
+        return partial(_step_seconds, decoder.steps())
+
     widths = [w for w in WIDTHS if w <= drafter.config.draft_vocab]
-    jobs: dict[tuple[str, int, int], Callable[[], float]] = {}
+    beams = [Beam(w, 3, min(4, 1 + 2 * w)) for w in widths]
+    jobs: dict[tuple[str, int, int], Job] = {("plain", 0, 0): step(Off())}
+    for beam in beams:
+        jobs["drafted", beam.width, 3] = step(Fixed(beam))
     for width in widths:
         for length in (2, 5):
             jobs["draft", width, length] = draft(width, length)
     for rows in ROWS if on_gpu() else CPU_ROWS:
         jobs["rows", rows, 0] = forward(rows)
     times = _interleaved(jobs, budget)
-    rows_seconds = {key[1]: value for key, value in times.items() if key[0] == "rows"}
-    first = {w: times["draft", w, 2] for w in widths}
+    verify = {rows: seconds for (kind, rows, _), seconds in times.items() if kind == "rows"}
+    verify[1] = times["plain", 0, 0]
     level = {w: max(0.0, (times["draft", w, 5] - times["draft", w, 2]) / 3) for w in widths}
-    beams = [Beam(w, 3, min(4, 1 + 2 * w)) for w in widths]
-    plain, *drafted = _decoding(target, drafter, beams, tokens.tolist(), budget)  # type: ignore[arg-type]
-    rows_seconds[1] = plain
-    for beam, seconds in zip(beams, drafted, strict=True):
+    first = {}
+    for beam in beams:
         assert beam.nodes is not None
-        first[beam.width] = seconds - rows_seconds[beam.nodes] - level[beam.width]
-    return CostTable(rows_seconds, first, level)
+        first[beam.width] = times["drafted", beam.width, 3] - verify[beam.nodes] - level[beam.width]
+    return CostTable(verify, first, level)
 
 
-def _decoding(
-    target: Target, drafter: RecurrentDrafter, beams: Sequence[Beam], tokens: list[int], budget: float
-) -> list[float]:
-    """Median seconds of a plain decode step and of those that draft each of `beams`."""
-    streams = []
-    for policy in (Off(), *(Fixed(beam) for beam in beams)):
-        decoder = Decoder(target, drafter, target.new_cache(), policy, Sampling())
-        decoder.prefill(tokens)
-        streams.append(decoder.steps())
-    times: list[list[float]] = [[] for _ in streams]
-    started = time.perf_counter()
-    for _ in range(BLOCKS):
-        for stream, seconds in zip(streams, times, strict=True):
-            mx.synchronize()  # the other kinds' last steps were launched ahead
-            for step in range(BLOCK):
-                begun = time.perf_counter()
-                next(stream)
-                if step:  # the first has nothing launched ahead of it, or grows the cache
-                    seconds.append(time.perf_counter() - begun)
-        if time.perf_counter() - started > budget / 2:
-            break
-    return [float(np.median(seconds)) for seconds in times]
+def _step_seconds(steps: Iterator[list[int]]) -> float:
+    """Seconds of one of the next decode steps."""
+    mx.synchronize()  # another decoder's last step was launched ahead
+    next(steps)  # has nothing launched ahead of it
+    begun = time.perf_counter()
+    for _ in range(STEPS):
+        next(steps)
+    return (time.perf_counter() - begun) / STEPS
 
 
 def _seconds(build: Callable[[], mx.array]) -> float:
@@ -220,23 +215,23 @@ def _seconds(build: Callable[[], mx.array]) -> float:
     return time.perf_counter() - begun
 
 
-def _interleaved(
-    jobs: dict[tuple[str, int, int], Callable[[], float]], budget: float
-) -> dict[tuple[str, int, int], float]:
-    """Median seconds of every job. Sizes that cost over five plain steps are dropped: they can never pay. Those
-    over `DEAR` of them, which seldom do, are measured once.
+def _interleaved(jobs: dict[tuple[str, int, int], Job], budget: float) -> dict[tuple[str, int, int], float]:
+    """Seconds of every job: the mean of its faster half, since noise only adds.
+
+    Forwards that cost over five plain steps are dropped: they can never pay. Those over `DEAR` of them, which seldom
+    do, are measured once.
     """
     started, times = time.perf_counter(), {}
     for key, job in jobs.items():
         job()  # warm-up: compiles kernels, grows buffers
         times[key] = [job()]
-        plain = times.get(("rows", 1, 0))
-        if key[0] == "rows" and key[1] > 5 and plain and times[key][0] > 5 * plain[0]:
+        if key[0] == "rows" and times[key][0] > 5 * times["rows", 1, 0][0]:
             break
-    again = [key for key in times if times[key][0] <= DEAR * times["rows", 1, 0][0]]
-    for _ in range(8):
+    limit = DEAR * times["rows", 1, 0][0]
+    again = [key for key in times if key[0] != "rows" or times[key][0] <= limit]
+    for _ in range(ROUNDS):
         if time.perf_counter() - started > budget:
             break
         for key in again:
             times[key].append(jobs[key]())
-    return {key: float(np.median(values)) for key, values in times.items()}
+    return {key: float(np.mean(sorted(values)[: (len(values) + 1) // 2])) for key, values in times.items()}

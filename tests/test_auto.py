@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from redrafter_mlx.auto import Auto, Experience, Mode
 from redrafter_mlx.cost import CostTable, cache_path, cost_table
 from redrafter_mlx.generation import generate
 from redrafter_mlx.sampling import Sampling
-from redrafter_mlx.tree import Beam, Levels
+from redrafter_mlx.tree import Levels
 
 
 def table(slope: float, draft: float = 0.02) -> CostTable:
@@ -175,21 +176,39 @@ def test_table_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_the_table_says_what_decode_steps_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever forwards and searches take alone: plain steps are C(1), a drafted step is the sum of its parts."""
-    monkeypatch.setattr(cost, "_decoding", lambda *a: [0.5, 0.8, 0.9, 1.0, 1.2])
+    new = iter((0.5, 0.8, 0.9, 1.0, 1.2))  # plain, and W = 1, 2, 4, 8
+    known: dict[Iterator[list[int]], float] = {}
+
+    def seconds(steps: Iterator[list[int]]) -> float:
+        if steps not in known:
+            known[steps] = next(new)
+        return known[steps]
+
+    monkeypatch.setattr(cost, "_step_seconds", seconds)
     model = make("llama")
     assert model.drafter is not None
     table = cost.measure(model.target, model.drafter, budget=0.1)
     assert table.rows[1] == 0.5
     assert table.rows[3] + table.draft_seconds(1, 3) == pytest.approx(0.8)
-    for width, seconds in ((2, 0.9), (4, 1.0), (8, 1.2)):
-        assert table.rows[4] + table.draft_seconds(width, 3) == pytest.approx(seconds)
+    for width, taken in ((2, 0.9), (4, 1.0), (8, 1.2)):
+        assert table.rows[4] + table.draft_seconds(width, 3) == pytest.approx(taken)
 
 
-def test_decode_steps_of_all_kinds_are_timed() -> None:
-    model = make("llama")
-    assert model.drafter is not None
-    seconds = cost._decoding(model.target, model.drafter, [Beam(1, 2, 2), Beam(2, 3, 4)], [1, 2, 3], 1.0)
-    assert len(seconds) == 3 and min(seconds) > 0
+def test_measuring_takes_the_faster_half_and_dear_forwards_once() -> None:
+    calls: dict[int, int] = {}
+
+    def job(rows: int, *seconds: float) -> cost.Job:
+        def run() -> float:
+            calls[rows] = calls.get(rows, 0) + 1
+            return seconds[min(calls[rows] - 2, len(seconds) - 1)] if calls[rows] > 1 else 100.0
+
+        return run
+
+    jobs = {("rows", 1, 0): job(1, 1.0, 2.0, 9.0), ("rows", 8, 0): job(8, 3.0), ("rows", 16, 0): job(16, 6.0),
+            ("rows", 32, 0): job(32, 1.0)}  # fmt: skip
+    times = cost._interleaved(jobs, budget=60)
+    assert times == {("rows", 1, 0): (1 + 2 + 3 * 9) / 5, ("rows", 8, 0): 3, ("rows", 16, 0): 6}
+    assert calls == {1: 2 + cost.ROUNDS, 8: 2, 16: 2}
 
 
 def test_interpolation() -> None:
