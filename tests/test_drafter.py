@@ -208,7 +208,7 @@ def test_noise_is_added_to_calibrated_logits() -> None:
     hidden, root = mx.random.normal((32,)), mx.array(3, dtype=mx.int32)
     noise = mx.random.gumbel((3, 64))
     levels = search(drafter, hidden, root, target.embed, width=1, length=4, noise=noise)
-    drafted = [3, *levels.tokens.reshape(-1).tolist()]
+    drafted = [3, *levels.tokens.reshape(-1).tolist()]  # type: ignore[misc]
     logits = drafter.logits(hidden[None], mx.array([drafted[:3]]), target.embed)[0]
     for depth, c in enumerate((0.1, 3.0, 1.0)):  # beyond what was calibrated: as they are
         assert drafted[depth + 1] == int(mx.argmax(logits[depth] / c + noise[depth]))
