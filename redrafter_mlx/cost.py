@@ -49,7 +49,7 @@ BUDGET_SECONDS = 6.0
 CONTEXT = 128  # positions in the cache while measuring
 DEAR = 2.5  # plain steps
 ROUNDS, STEPS = 8, 2  # of all measurements; decode steps in one
-VERSION = 11
+VERSION = 12
 
 
 @dataclass(slots=True)
@@ -151,7 +151,8 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
 
     Forwards and searches are timed alone. What a decode step takes beyond them, and what of the search it hides
     behind the host's work, only decoding shows: so steps are run, plain ones and some of every width. The plain ones
-    give C(1); what a drafted one takes beyond its parts (or less than them) goes to the first level of its width.
+    give C(1); what drafted ones take beyond their parts (or less than them), the same for all widths, goes to the
+    first level.
     """
     cache = target.new_cache()
     cache.reserve(CONTEXT + MAX_NODES)
@@ -191,12 +192,26 @@ def measure(target: Target, drafter: RecurrentDrafter, budget: float = BUDGET_SE
     times = _interleaved(jobs, budget)
     verify = {rows: seconds for (kind, rows, _), seconds in times.items() if kind == "rows"}
     verify[1] = times["plain", 0, 0]
-    level = {w: max(0.0, (times["draft", w, 5] - times["draft", w, 2]) / 3) for w in widths}
-    first = {}
-    for beam in beams:
-        assert beam.nodes is not None
-        first[beam.width] = times["drafted", beam.width, 3] - verify[beam.nodes] - level[beam.width]
-    return CostTable(verify, first, level)
+    if not on_gpu():
+        verify = _rising(verify)
+    level = _rising({w: max(0.0, (times["draft", w, 5] - times["draft", w, 2]) / 3) for w in widths})
+    alone = _rising({w: times["draft", w, 2] for w in widths})
+    beyond = [
+        times["drafted", b.width, 3] - verify[b.nodes or 0] - alone[b.width] - level[b.width] for b in beams
+    ]
+    return CostTable(verify, {w: alone[w] + float(np.mean(beyond)) for w in widths}, level)
+
+
+def _rising(seconds: dict[int, float]) -> dict[int, float]:
+    """The nearest values that do not fall (means of neighbours that do): a wider search does no less, and on a CPU
+    nor do more rows, so what says otherwise is noise."""
+    runs: list[list[float]] = []
+    for value in seconds.values():
+        runs.append([value])
+        while len(runs) > 1 and np.mean(runs[-2]) > np.mean(runs[-1]):
+            runs[-2:] = [runs[-2] + runs[-1]]
+    pooled = [float(np.mean(run)) for run in runs for _ in run]
+    return dict(zip(seconds, pooled, strict=True))
 
 
 def _step_seconds(steps: Iterator[list[int]]) -> float:
