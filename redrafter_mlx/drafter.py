@@ -213,18 +213,22 @@ class RecurrentDrafter(nn.Module):
                     f"the target has {theirs}"
                 )
         if config.head == "factored":
-            self._rows = Product(target.output_rows(self.target_ids()))
+            self._rows = Product(target.output_rows(self.target_ids()), shared=False)
         return self
 
     def settle(self) -> RecurrentDrafter:
         """Say that the weights are final: the two parts of `input_proj`, for the context and for the
-        state, are laid out apart, which a search would otherwise do anew at every level, and products of few rows
-        are shared among the cores.
+        state, are laid out apart, which a search would otherwise do anew at every level, and so are the weights for
+        products of few rows. Those stay on one core: the host needs the other, to build the next verification
+        while the search runs.
         """
-        share_products(self)
+        share_products(self, shared=False)
         if self._splits_projection:
             context, state = self._projections()
-            self._halves = (Product(mx.contiguous(context)), Product(mx.contiguous(state)))
+            self._halves = (
+                Product(mx.contiguous(context), shared=False),
+                Product(mx.contiguous(state), shared=False),
+            )
         return self
 
     def update(  # type: ignore[override]

@@ -44,10 +44,11 @@ def _streams() -> tuple[mx.ThreadLocalStream | None, ...]:
 
 
 class Product:
-    """x -> x @ weight.T for a weight (O, K) that does not change."""
+    """x -> x @ weight.T for a weight (O, K) that does not change; not `shared`: on the caller's thread alone."""
 
-    def __init__(self, weight: mx.array) -> None:
+    def __init__(self, weight: mx.array, shared: bool = True) -> None:
         self.weight = weight
+        self._shared = shared and weight.size >= SHARED_FROM
         self._inputs = weight.shape[1]
         self._tile, self._most_rows = (0, 0) if on_gpu() or not _streams() else _tile(weight)
         self._tiles: list[mx.array] = []
@@ -63,7 +64,7 @@ class Product:
         if not 0 < x.size // self._inputs <= self._most_rows:
             return []
         if not self._tiles:
-            self._tiles = _cut(self.weight, self._tile)
+            self._tiles = _cut(self.weight, self._tile, len(_streams()) if self._shared else 1)
         return self._tiles
 
 
@@ -81,10 +82,9 @@ def _tile(weight: mx.array) -> tuple[int, int]:
     return r, rows(r)
 
 
-def _cut(weight: mx.array, r: int) -> list[mx.array]:
+def _cut(weight: mx.array, r: int, parts: int) -> list[mx.array]:
     outputs, inputs = weight.shape
     tiles = mx.contiguous(weight.reshape(outputs // r, r, inputs).swapaxes(1, 2))
-    parts = len(_streams()) if weight.size >= SHARED_FROM else 1
     share = -(-tiles.shape[0] // parts)
     shares = [tiles[begin : begin + share] for begin in range(0, tiles.shape[0], share)]
     mx.eval(shares)
@@ -121,9 +121,9 @@ class _Embedding(nn.Embedding):
         return self._product(x) if self._product.weight is self.weight else super().as_linear(x)
 
 
-def share_products(module: nn.Module) -> None:
+def share_products(module: nn.Module, shared: bool = True) -> None:
     """Have the linear layers of `module`, and its embeddings as output heads, compute few rows in this way; unless
-    the copies would take more than `MEMORY`, which is said.
+    the copies would take more than `MEMORY`, which is said. Not `shared`: on the caller's thread alone.
 
     Their class is replaced by a subclass, their weights stay. A layer whose weight is replaced later goes back
     to MLX's product.
@@ -140,7 +140,7 @@ def share_products(module: nn.Module) -> None:
         return
     for layer in layers:
         layer.__class__ = _Linear if isinstance(layer, nn.Linear) else _Embedding
-        layer._product = Product(layer.weight)
+        layer._product = Product(layer.weight, shared)
 
 
 def _memory() -> int:

@@ -64,6 +64,8 @@ def test_tiles_are_small_and_give_the_plain_product(
         assert {part.shape[2] for part in tiles} == {tile}
         assert sum(part.shape[0] for part in tiles) * tile == outputs
         assert product.tiles(x) is tiles
+        assert len(Product(weight, shared=False).tiles(x)) == 1
+    same(Product(weight, shared=False)(x), x @ weight.T)
     same(product(x), x @ weight.T)
     same(product(x[0]), x[0] @ weight.T)
     same(product(x[0, 0]), x[0, 0] @ weight.T)
