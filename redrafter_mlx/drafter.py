@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .activation import silu
-from .few_rows import Product, share_products
+from .few_rows import Product, tile_products
 from .files import new_folder, read_json, read_safetensors, write_safetensors
 from .weights import check, named, nbytes
 
@@ -222,7 +222,7 @@ class RecurrentDrafter(nn.Module):
         products of few rows. Those stay on one core: the host needs the other, to build the next verification
         while the search runs.
         """
-        share_products(self, shared=False)
+        tile_products(self, shared=False)
         if self._splits_projection:
             context, state = self._projections()
             self._halves = (

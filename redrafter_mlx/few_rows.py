@@ -121,7 +121,7 @@ class _Embedding(nn.Embedding):
         return self._product(x) if self._product.weight is self.weight else super().as_linear(x)
 
 
-def share_products(module: nn.Module, shared: bool = True) -> None:
+def tile_products(module: nn.Module, shared: bool = True) -> None:
     """Have the linear layers of `module`, and its embeddings as output heads, compute few rows in this way; unless
     the copies would take more than `MEMORY`, which is said. Not `shared`: on the caller's thread alone.
 

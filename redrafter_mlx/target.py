@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from .activation import replace_swiglu
 from .cache import KVCache
-from .few_rows import share_products
+from .few_rows import tile_products
 from .tree import TokenTree, ancestor_mask, chain
 
 
@@ -83,7 +83,7 @@ class Target:
             if isinstance(module.get("rope"), nn.Module) and not isinstance(module.rope, _Rope):
                 module.rope = _Rope(module.rope)
         replace_swiglu(model)
-        share_products(model)
+        tile_products(model)
         self.embedding: nn.Module = _embedding(self._inner)
         self.embedding_scale, self.hidden_size, self.vocab_size, self.dtype = self._probe()
 

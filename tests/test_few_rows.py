@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from redrafter_mlx.few_rows import MAX_ROWS, Product, share_products
+from redrafter_mlx.few_rows import MAX_ROWS, Product, tile_products
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -98,14 +98,14 @@ def test_layers_share_until_their_weight_is_replaced(streams: int, random: None)
         return [first, layers.layers[1](first), layers.layers[2].as_linear(first)]
 
     plain = outputs()
-    share_products(layers)
+    tile_products(layers)
     assert layers.layers[0]._product.tiles(x), "it applies"
     for got, wanted in zip(outputs(), plain, strict=True):
         same(got, wanted)
     assert layers.parameters() == weights, "tiles are no parameters"
     layers.layers[0].weight = layers.layers[0].weight * 2
     same(layers.layers[0](x) - layers.layers[0].bias, 2 * (plain[0] - layers.layers[0].bias))
-    share_products(layers)
+    tile_products(layers)
     assert layers.layers[0]._product.tiles(x)[0].shape[1] == 64
     same(layers.layers[0](x) - layers.layers[0].bias, 2 * (plain[0] - layers.layers[0].bias))
 
@@ -144,11 +144,11 @@ def test_no_copies_that_crowd_the_memory(
     layers = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
     need = 4 * 2 * 64 * 96
     monkeypatch.setattr(few_rows, "_memory", lambda: need / few_rows.MEMORY - 1)
-    share_products(layers)
+    tile_products(layers)
     assert type(layers.layers[0]) is nn.Linear
     assert "second copy" in caplog.text
     monkeypatch.setattr(few_rows, "_memory", lambda: need / few_rows.MEMORY)
-    share_products(layers)
+    tile_products(layers)
     assert type(layers.layers[0]) is not nn.Linear
 
 
