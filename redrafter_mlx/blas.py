@@ -8,6 +8,9 @@ MKL comes first on Intel. Elsewhere it takes kernels of ten years ago, which pac
 every few rows, while OpenBLAS costs nearly the same for 2 to 8 rows (docs/performance.md): there
 OpenBLAS comes first.
 
+OpenBLAS' wheel asks for a Fortran runtime that few systems have installed. MLX's own wheel holds one under
+another name; it is loaded from there.
+
 `REDRAFTER_BLAS=off` leaves MLX's own BLAS in place; `REDRAFTER_BLAS=/path/to/lib.so` loads that file.
 """
 
@@ -22,10 +25,12 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 ENV = "REDRAFTER_BLAS"
 FIX = "pip install cmeel-openblas (or mkl, on Intel)"
+FORTRAN = "libgfortran.so.5"
 
 # OpenBLAS' threads wait for work in a loop of 2^26 cycles, 20 ms, which takes the core from the thread that builds
 # MLX's graph; after 2^10 cycles they sleep. Read when the library is loaded.
@@ -49,6 +54,40 @@ def _installed(package: str, library: str) -> Iterator[str]:
             yield str(path)
 
 
+def _load(path: str) -> None:
+    """Load a library with its symbols visible to what is loaded later.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    try:
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        if FORTRAN not in str(error):
+            raise
+        _load_fortran()
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+def _load_fortran() -> None:
+    """Load the Fortran runtime that came with MLX, whose LAPACK is in Fortran too.
+
+    The linker looks for it by the name written in it, and in MLX's wheel that has a digest in the middle. So a copy
+    with the usual name is made, in memory.
+    """
+    found = next(_installed("mlx-cpu", "libgfortran"), None)
+    if found is None:
+        return
+    for path in _installed("mlx-cpu", "libquadmath"):  # it needs this one, by the name with a digest
+        ctypes.CDLL(path)
+    own = Path(found).name.encode() + b"\0"
+    usual = (FORTRAN.encode() + b"\0").ljust(len(own), b"\0")
+    with open(os.memfd_create(FORTRAN), "r+b") as file:
+        file.write(Path(found).read_bytes().replace(own, usual))
+        file.flush()
+        ctypes.CDLL(f"/proc/self/fd/{file.fileno()}")
+
+
 def _is_intel() -> bool:
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
@@ -60,7 +99,7 @@ def _candidates() -> Iterator[str]:
     """Libraries to try, best first."""
     found = [_installed("cmeel-openblas", "libopenblas.so"), _installed("mkl", "libmkl_rt.so")]
     for libraries in reversed(found) if _is_intel() else found:
-        yield from libraries
+        yield from islice(libraries, 1)  # the others are the same file under other names
     system = ctypes.util.find_library("openblas")
     if system:
         yield system
@@ -115,11 +154,11 @@ def take_over() -> str | None:
         return None
     for path in [wanted] if wanted else _candidates():
         try:
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            _load(path)
         except OSError as error:
             if wanted:
                 raise ValueError(f"{ENV} must be 'off' or a loadable library: {error}") from None
-            _log.debug("BLAS: %s does not load: %s", path, error)
+            _log.warning("BLAS: %s does not load (%s), trying the next best", path, error)
             continue
         _log.debug("BLAS: mlx uses %s", path)
         return path

@@ -23,6 +23,14 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+# blas.py by itself, before redrafter_mlx is imported and takes over
+ALONE = (
+    "import ctypes, importlib.machinery as im, pathlib, sys;"
+    "p = [q for q in map(pathlib.Path, sys.path) if (q / 'redrafter_mlx' / 'blas.py').exists()][0];"
+    "b = im.SourceFileLoader('b', str(p / 'redrafter_mlx' / 'blas.py')).load_module();"
+)
+
+
 @linux_only
 def test_off_says_so() -> None:
     result = run("import redrafter_mlx", REDRAFTER_BLAS="off")
@@ -37,15 +45,30 @@ def test_unloadable_path_is_an_error() -> None:
 
 @linux_only
 def test_warns_once_when_only_the_reference_blas_is_there() -> None:
-    code = (
-        "import importlib.machinery as im, pathlib, sys;"
-        "p = [q for q in map(pathlib.Path, sys.path) if (q / 'redrafter_mlx' / 'blas.py').exists()][0];"
-        "b = im.SourceFileLoader('b', str(p / 'redrafter_mlx' / 'blas.py')).load_module();"
-        "b._candidates = lambda: iter(()); b.importlib.util.find_spec = lambda n: None; print(b.take_over())"
-    )
-    result = run(code, PYTHONPATH=os.getcwd())
+    code = "b._candidates = lambda: iter(()); b.importlib.util.find_spec = lambda n: None; print(b.take_over())"
+    result = run(ALONE + code, PYTHONPATH=os.getcwd())
     assert result.stdout.strip() == "None"
     assert result.stderr.count("no fast BLAS found") == 1 and "pip install cmeel-openblas" in result.stderr
+
+
+@linux_only
+def test_openblas_needs_no_fortran_runtime_of_the_system() -> None:
+    """Found under the name that OpenBLAS asks for, though MLX's wheel calls it otherwise."""
+    code = "b._load_fortran(); ctypes.CDLL(b.FORTRAN); print(open('/proc/self/maps').read().count('memfd:libgfortran'))"
+    result = run(ALONE + code, PYTHONPATH=os.getcwd())
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 0
+
+
+@linux_only
+def test_a_library_that_does_not_load_is_named_and_the_next_taken() -> None:
+    code = (
+        "real = list(b._candidates()); b._candidates = lambda: iter(['/no/such/lib.so', *real]);"
+        "print(b.take_over() == real[0])"
+    )
+    result = run(ALONE + code, PYTHONPATH=os.getcwd())
+    assert result.stdout.strip() == "True"
+    assert result.stderr.count("BLAS: /no/such/lib.so does not load") == 1
 
 
 @linux_only
