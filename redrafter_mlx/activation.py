@@ -1,20 +1,23 @@
-"""exp, SiLU and SwiGLU, whose exponential MLX's CPU backend computes one value at a time: as a power of two it takes
-a half to a third of the time.
+"""What takes exponentials (exp, SiLU, SwiGLU, attention), faster on a CPU: MLX's backend there computes them one value
+at a time; as powers of two they take a half to a third of the time.
+
+Letters: N rows, T positions, D head size.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations
+from mlx_lm.models import activations, base
 
 from .device import on_gpu
 
 _LOG2_E = 1.4426950408889634
+_NEVER = -1e30  # a score that weighs nothing
 
 
 def exponential(x: mx.array) -> mx.array:
@@ -43,7 +46,8 @@ _custom.vjp(_vjp)
 _silu = cast(Callable[[mx.array], tuple[mx.array, mx.array]], _custom)
 
 _their_swiglu = activations.swiglu  # one compiled operation, so on few values the better one
-_WORTHWHILE = 4000  # values
+_their_attention = base.scaled_dot_product_attention
+_WORTHWHILE = 4000  # exponentials
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -53,13 +57,45 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return gate / (1 + mx.power(2.0, gate * -_LOG2_E)) * x
 
 
-def replace_swiglu(model: nn.Module) -> None:
-    """On a CPU, have the mlx-lm modules that `model` is written in take `swiglu` from here; they share it with
-    every model of the same architecture in the process.
+def attention(  # noqa: PLR0913  (mlx-lm's signature)
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """softmax(scale queries keys^T) values. (B, heads, N, D), keys and values (B, their heads, T, D).
+
+    Takes the place of mlx-lm's `scaled_dot_product_attention`, whose softmax makes verified rows dear on a CPU.
+    """
+    batch, heads, rows, size = queries.shape
+    groups, positions = keys.shape[1:3] if isinstance(keys, mx.array) else (0, 0)  # tuples are quantised
+    is_bool = not isinstance(mask, mx.array) or mask.dtype == mx.bool_
+    few = batch * heads * rows * positions < _WORTHWHILE
+    if few or queries.dtype != mx.float32 or sinks is not None or not is_bool:
+        return cast(mx.array, _their_attention(queries, keys, values, cache, scale, mask, sinks))
+    grouped = (queries * (scale * _LOG2_E)).reshape(batch, groups, -1, size)
+    scores = grouped @ keys.swapaxes(-1, -2)  # (B, groups, heads of a group x N, T)
+    if isinstance(mask, str):  # "causal"
+        mask = mx.arange(positions - rows, positions)[:, None] >= mx.arange(positions)
+    if mask is not None:
+        by_head = scores.reshape(batch, heads, rows, positions)
+        scores = mx.where(mask, by_head, _NEVER).reshape(scores.shape)
+    weights = mx.power(2.0, scores - scores.max(axis=-1, keepdims=True))
+    out = (weights @ values) / weights.sum(axis=-1, keepdims=True)
+    return out.reshape(batch, heads, rows, -1)
+
+
+def replace_exponentials(model: nn.Module) -> None:
+    """On a CPU, have the mlx-lm modules that `model` is written in take `swiglu` and attention from here; they share
+    them with every model of the same architecture in the process.
     """
     if on_gpu():
         return
-    for name in {type(module).__module__ for module in model.modules()}:
-        home = sys.modules[name]
-        if getattr(home, "swiglu", None) is _their_swiglu:
-            home.swiglu = swiglu  # type: ignore[attr-defined]
+    ours = {"swiglu": (_their_swiglu, swiglu), "scaled_dot_product_attention": (_their_attention, attention)}
+    for home in {sys.modules[type(module).__module__] for module in model.modules()}:
+        for name, (theirs, own) in ours.items():
+            if getattr(home, name, None) is theirs:
+                setattr(home, name, own)

@@ -16,24 +16,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .activation import replace_swiglu
+from .activation import replace_exponentials
 from .cache import KVCache
 from .few_rows import tile_products
+from .rope import Rotation, TreeRope
 from .tree import TokenTree, ancestor_mask, chain
-
-
-class _Rope(nn.Module):
-    """A model's rope that also takes a position per row, by moving the rows to the batch axis."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def __call__(self, x: mx.array, offset: int | mx.array = 0, **kwargs: Any) -> mx.array:
-        if isinstance(offset, int) or offset.ndim == 0:
-            return self.inner(x, offset=offset, **kwargs)
-        rows = x.transpose(2, 1, 0, 3)  # (1, heads, N, D) -> (N, heads, 1, D)
-        return self.inner(rows, offset=offset, **kwargs).transpose(2, 1, 0, 3)
 
 
 def _note_output(module: nn.Module, notes: dict[int, mx.array], key: int) -> None:
@@ -79,10 +66,11 @@ class Target:
         self._inner = _inner_model(model)
         self._layers: Sequence[nn.Module] = model.layers
         _note_output(self._inner, self._notes, _FINAL)
+        rotations: dict[bytes, tuple[mx.array, Rotation]] = {}
         for module in model.modules():
-            if isinstance(module.get("rope"), nn.Module) and not isinstance(module.rope, _Rope):
-                module.rope = _Rope(module.rope)
-        replace_swiglu(model)
+            if isinstance(module.get("rope"), nn.Module) and not isinstance(module.rope, TreeRope):
+                module.rope = TreeRope(module.rope, rotations)
+        replace_exponentials(model)
         tile_products(model)
         self.embedding: nn.Module = _embedding(self._inner)
         self.embedding_scale, self.hidden_size, self.vocab_size, self.dtype = self._probe()

@@ -45,7 +45,9 @@ def test_unloadable_path_is_an_error() -> None:
 
 @linux_only
 def test_warns_once_when_only_the_reference_blas_is_there() -> None:
-    code = "b._candidates = lambda: iter(()); b.importlib.util.find_spec = lambda n: None; print(b.take_over())"
+    code = (
+        "b._candidates = lambda: iter(()); b.importlib.util.find_spec = lambda n: None; print(b.take_over())"
+    )
     result = run(ALONE + code, PYTHONPATH=os.getcwd())
     assert result.stdout.strip() == "None"
     assert result.stderr.count("no fast BLAS found") == 1 and "pip install cmeel-openblas" in result.stderr
