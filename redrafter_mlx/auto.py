@@ -63,9 +63,13 @@ class Mode:
 
     @property
     def trust(self) -> np.ndarray:
-        """(L-1,): how many nodes of a depth are accepted for each one predicted, at most 1.5; 1 where little was
-        seen."""
-        return np.minimum((self.accepted + PRIOR) / (self.predicted + PRIOR), 1.5)
+        """(L-1,): how many nodes of a depth are accepted for each one predicted, at most 1.5. Where little was seen,
+        what holds for the depth above, without which nothing is accepted here; 1 above the first.
+        """
+        trust, above = np.empty_like(self.predicted), 1.0
+        for depth, (predicted, accepted) in enumerate(zip(self.predicted, self.accepted, strict=True)):
+            above = trust[depth] = min((accepted + PRIOR * above) / (predicted + PRIOR), 1.5)
+        return trust
 
     def hear(self, predicted: np.ndarray, num_accepted: int) -> None:
         """Compare what was predicted for the verified nodes of each depth, (depths,), with what came. Depths that
