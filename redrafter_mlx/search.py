@@ -17,7 +17,7 @@ from .tree import Levels
 if TYPE_CHECKING:
     from .drafter import Embed, RecurrentDrafter
 
-SAMPLING_TAU = 0.7  # softens the noisy scores; fitted in simulation, exactness does not depend on it
+SAMPLING_TAU = 1.15  # softens the noisy scores; how it was found: docs/algorithm.md, "Sampling"
 
 
 def search(  # noqa: PLR0913  (four by keyword)
