@@ -41,6 +41,17 @@ _BOILERPLATE = {
 Embed = Callable[[mx.array], mx.array]
 
 
+class Rows(Protocol):
+    """Rows of an output embedding, (V, H): a factored head ends with them."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def dense(self) -> mx.array: ...
+
+    def __call__(self, x: mx.array) -> mx.array: ...
+
+
 class Vocabulary(Protocol):
     """What a drafter needs of its target: see `redrafter_mlx.target.Target`."""
 
@@ -50,6 +61,8 @@ class Vocabulary(Protocol):
     def embed(self, tokens: mx.array) -> mx.array: ...
 
     def output_rows(self, tokens: mx.array | None) -> mx.array: ...
+
+    def packed_rows(self, tokens: mx.array | None) -> Rows | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +192,7 @@ class RecurrentDrafter(nn.Module):
         if config.draft_vocab_size is not None:
             self.d2t = mx.zeros((config.draft_vocab_size,), dtype=mx.int32)
             self.freeze(keys=["d2t"], recurse=False)
-        self._rows: Product | None = None  # weight (V, H), the target's; not a parameter
+        self._rows: Rows | None = None  # the target's; not parameters
         self._halves: tuple[Product, Product] | None = None
 
     @property
@@ -189,7 +202,7 @@ class RecurrentDrafter(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes one level of a search reads: the own weights, and the target's rows of a factored head."""
-        return nbytes(self) + (self._rows.weight.nbytes if self._rows is not None else 0)
+        return nbytes(self) + (self._rows.nbytes if self._rows is not None else 0)
 
     @property
     def is_bound(self) -> bool:
@@ -213,7 +226,8 @@ class RecurrentDrafter(nn.Module):
                     f"the target has {theirs}"
                 )
         if config.head == "factored":
-            self._rows = Product(target.output_rows(self.target_ids()), shared=False)
+            ids = self.target_ids()
+            self._rows = target.packed_rows(ids) or Product(target.output_rows(ids), shared=False)
         return self
 
     def settle(self) -> RecurrentDrafter:
@@ -362,7 +376,7 @@ def full_head(drafter: RecurrentDrafter) -> RecurrentDrafter:
     full = RecurrentDrafter(DrafterConfig(**{**values, "head": "full"}))
     weights = named(drafter)
     name = f"lm_head.{drafter.config.num_draft_layers}.weight"
-    weights[name] = drafter._rows.weight.astype(mx.float32) @ weights[name].astype(mx.float32)
+    weights[name] = drafter._rows.dense().astype(mx.float32) @ weights[name].astype(mx.float32)
     full.load_weights(list(weights.items()))
     return full
 

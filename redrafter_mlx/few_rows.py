@@ -58,6 +58,15 @@ class Product:
         tiles = self.tiles(x)
         return in_tiles(x, tiles) if tiles else x @ self.weight.T
 
+    def dense(self) -> mx.array:
+        """The weight."""
+        return self.weight
+
+    @property
+    def nbytes(self) -> int:
+        """What one product reads."""
+        return self.weight.nbytes
+
     def tiles(self, x: mx.array) -> list[mx.array]:
         """The weights as tiles (B, K, r) for every stream, made at first use; none where x has too many rows, or
         the weights cannot be cut."""

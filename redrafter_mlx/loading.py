@@ -23,6 +23,7 @@ from .drafter import load_drafter
 from .files import read_json
 from .generation import Model
 from .gguf import load_gguf
+from .lightest import lightest
 from .target import Target
 
 BUNDLED_DRAFTERS = Path(__file__).parent / "drafters"
@@ -58,7 +59,8 @@ def load(
     folder = _drafter_folder(str(target), drafter)
     if folder is None:
         return Model(wrapped, None, tokenizer)
-    loaded = load_drafter(folder, dtype=None if on_gpu() else mx.float32)
+    # on a GPU the target's dtype: products of two 16-bit dtypes would be computed in float32
+    loaded = load_drafter(folder, dtype=wrapped.dtype if on_gpu() else mx.float32)
     scale = loaded.config.embedding_scale
     if loaded.config.target and abs(scale - wrapped.embedding_scale) > 1e-3 * abs(scale):
         raise ValueError(
@@ -66,7 +68,7 @@ def load(
             f"{name} scales by {wrapped.embedding_scale}"
         )
     wrapped.watch(loaded.config.context_layers)
-    loaded.bind(wrapped).settle()
+    loaded = lightest(loaded.bind(wrapped), wrapped).settle()
     wrapped.check_tree()
     mx.eval(loaded.parameters())
     return Model(wrapped, loaded, tokenizer)

@@ -224,3 +224,13 @@ def test_interpolation() -> None:
     assert seconds[:5].tolist() == pytest.approx([0, 1, 1.5, 2.0, 2.5])
     assert np.all(np.diff(seconds) > 0)
     assert CostTable({1: 1.0}, {1: 0.1, 8: 0.8}, {1: 0.2, 8: 0.9}).draft_seconds(8, 4) == pytest.approx(2.6)
+
+
+def test_a_depth_seldom_drafted_is_trusted_as_the_one_above_it() -> None:
+    mode = Mode()
+    for _ in range(200):
+        mode.hear(np.array([0.8]), 0)
+    assert mode.trust[0] < 0.05 and np.all(mode.trust[1:] < 0.05), "nothing below it can be accepted either"
+    for _ in range(200):
+        mode.hear(np.array([0.5, 0.4]), 2)
+    assert mode.trust[1] == 1.5 and mode.trust[2] == 1.5
