@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import proxy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +36,7 @@ class LayerCache:
     """
 
     def __init__(self, shared: KVCache, window: int | None = None) -> None:
-        self._shared = shared
+        self._shared = proxy(shared)  # no cycle: else its memory would wait for Python's garbage collector
         self.window = window
         self.start = 0
         self.num_rows = 0  # committed and pending rows in the buffers

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from tests.test_decode import make_wide_head
@@ -141,3 +144,17 @@ def test_other_states_are_refused() -> None:
 
     with pytest.raises(ValueError, match="ArraysCache in layer 0"):
         KVCache.of(Recurrent())
+
+
+def test_memory_is_freed_with_the_last_reference() -> None:
+    """At once, not when Python's garbage collector next looks for cycles."""
+    target = make_target()
+    cache = target.new_cache()
+    mx.eval(target.extend(mx.arange(5), cache).hidden)
+    kept = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert kept() is None
+    finally:
+        gc.enable()
