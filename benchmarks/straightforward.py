@@ -3,9 +3,10 @@
 The port does what Apple's MLX code does (recurrent_drafting.py, tree_attention.py): it verifies all W L rows, W copies
 of the root among them, cuts the logits to the 50 largest by partitioning the vocabulary (which on Metal is a sort;
 --sort sorts here too), and waits for the device after the draft, after the verification and after the acceptance. It is
-written here for this comparison; the target, the KV cache and the drafter's weights are the same on both sides. A shape
-WxL@N gives our side its N rows. Run: python -m benchmarks.straightforward --shapes 3x4 8x5@8
-The last line is one JSON object.
+written here for this comparison, with our KV cache and the same weights on both sides. It runs twice: on mlx-lm's model
+and the drafter as MLX computes them, which is what a port would do, and on our own target and settled drafter, which on
+a CPU compute few rows faster. A shape WxL@N gives our side its N rows.
+Run: python -m benchmarks.straightforward --shapes 3x4 8x5@8. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import activations, base, llama
 
 from redrafter_mlx import measure
 from redrafter_mlx.generation import Model, encode
 from redrafter_mlx.prompts import read_requests
+from redrafter_mlx.rope import TreeRope
 from redrafter_mlx.tree import Beam, TokenTree
 
 KEPT = 50
@@ -58,6 +64,45 @@ def draft(model: Model, hidden: mx.array, root: int, beam: Beam, sorts: bool) ->
         state = drafter.next_state(state[slot], model.target.embed(token))
     mx.eval(beams)
     return beams
+
+
+def stock_model() -> Model:
+    """The default model without anything of ours but what a tree needs."""
+    made = rd.load()
+    model, drafter = made.target.model, made.drafter
+    assert drafter is not None
+    for module in (*model.modules(), *drafter.modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+        if isinstance(module, TreeRope):
+            module._kind = b""  # no table: row by row
+    drafter.update(drafter.parameters())  # no longer settled
+    drafter._rows = Dense(made.target.output_rows(drafter.target_ids()))
+    return made
+
+
+class Dense:
+    """Output rows as MLX multiplies them."""
+
+    def __init__(self, weight: mx.array) -> None:
+        self.weight, self.nbytes = weight, weight.nbytes
+
+    def dense(self) -> mx.array:
+        return self.weight
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.weight.T
+
+
+@contextmanager
+def mlx_lms_own() -> Iterator[None]:
+    """mlx-lm's SwiGLU and attention, for a while."""
+    ours = llama.swiglu, llama.scaled_dot_product_attention
+    llama.swiglu, llama.scaled_dot_product_attention = activations.swiglu, base.scaled_dot_product_attention
+    try:
+        yield
+    finally:
+        llama.swiglu, llama.scaled_dot_product_attention = ours
 
 
 def rows_of(beams: mx.array) -> TokenTree:
@@ -105,7 +150,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["3x4", "4x4", "8x5"])
     parser.add_argument("--sort", action="store_true", help="the port sorts the vocabulary, as on Metal")
     arguments = parser.parse_args()
-    model = rd.load()
+    model, stock = rd.load(), stock_model()
     requests = measure.spread(read_requests(measure.MT_BENCH), arguments.limit)
     prompts = [encode(model, request.prompt) for request in requests]
     result: dict[str, object] = {
@@ -118,16 +163,27 @@ def main() -> None:
         beam = Beam.parse(shape)
 
         def port(prompt: list[int], beam: Beam = beam) -> measure.Run:
+            with mlx_lms_own():
+                return decode(stock, prompt, arguments.max_tokens, beam, arguments.sort)
+
+        def port_on_ours(prompt: list[int], beam: Beam = beam) -> measure.Run:
             return decode(model, prompt, arguments.max_tokens, beam, arguments.sort)
 
-        arms = {"port": port, "ours": measure.own_arm(model, shape, arguments.max_tokens, rd.Sampling())}
+        arms = {
+            "port": port,
+            "port on our target": port_on_ours,
+            "ours": measure.own_arm(model, shape, arguments.max_tokens, rd.Sampling()),
+        }
         *_, compared = measure.compare(arms, prompts, ["all"] * len(prompts))
-        pairs = zip(compared.runs["port"], compared.runs["ours"], strict=True)
-        same = all(all(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False)) for a, b in pairs)
+        same = all(
+            all(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False))
+            for name in ("port", "port on our target")
+            for a, b in zip(compared.runs[name], compared.runs["ours"], strict=True)
+        )
         result[shape] = {
-            "port_tokens_per_second": round(compared.rate("port")[1], 2),
-            "tokens_per_second": round(compared.rate("ours")[1], 2),
+            **{f"{name}, tokens/s": round(compared.rate(name)[1], 2) for name in arms},
             "ratio": round(compared.ratio("ours", "port")[1], 3),
+            "ratio on our target": round(compared.ratio("ours", "port on our target")[1], 3),
             "identical": same,
         }
         print(shape, result[shape], file=sys.stderr)
