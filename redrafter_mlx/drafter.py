@@ -38,6 +38,9 @@ _BOILERPLATE = {
     "emb_norm", "rms_norm_eps", "_name_or_path",
 }  # fmt: skip
 
+LARGE = 64 << 20
+"""Bytes per level from which on a search takes every core: it then outlasts what the host does meanwhile."""
+
 Embed = Callable[[mx.array], mx.array]
 
 
@@ -233,15 +236,18 @@ class RecurrentDrafter(nn.Module):
     def settle(self) -> RecurrentDrafter:
         """Say that the weights are final: the two parts of `input_proj`, for the context and for the
         state, are laid out apart, which a search would otherwise do anew at every level, and so are the weights for
-        products of few rows. Those stay on one core: the host needs the other, to build the next verification
-        while the search runs.
+        products of few rows. Those of a small drafter stay on one core: the host needs the other, to build the next
+        verification while the search runs.
         """
-        tile_products(self, shared=False)
+        shared = self.nbytes >= LARGE
+        tile_products(self, shared)
+        if isinstance(self._rows, Product):
+            self._rows = Product(self._rows.weight, shared)
         if self._splits_projection:
             context, state = self._projections()
             self._halves = (
-                Product(mx.contiguous(context), shared=False),
-                Product(mx.contiguous(state), shared=False),
+                Product(mx.contiguous(context), shared),
+                Product(mx.contiguous(state), shared),
             )
         return self
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from redrafter_mlx import drafter as drafter_module
 from redrafter_mlx.few_rows import MAX_ROWS, Product, tile_products
 
 
@@ -136,6 +137,19 @@ def test_drafted_text_is_the_plain_one(streams: int, temperature: float) -> None
     assert plain == drafted
     head = model.target.model.lm_head
     assert head._product.tiles(mx.zeros((4, 32)))
+
+
+@pytest.mark.parametrize(("large", "shared"), [(0, True), (1 << 40, False)])
+def test_only_a_large_drafters_products_are_shared(
+    streams: int, monkeypatch: pytest.MonkeyPatch, large: int, shared: bool
+) -> None:
+    monkeypatch.setattr(drafter_module, "LARGE", large)
+    drafter = make("llama", head="factored", exit_dim=96).drafter
+    assert drafter is not None
+    drafter.settle()
+    products = [layer._product for layer in drafter.modules() if hasattr(layer, "_product")]
+    assert len(products) > 2 and isinstance(drafter._rows, Product) and drafter._halves is not None
+    assert {product._shared for product in (*products, *drafter._halves, drafter._rows)} == {shared}
 
 
 def test_no_copies_that_crowd_the_memory(
