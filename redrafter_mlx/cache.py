@@ -22,6 +22,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache as PlainKVCache
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
+from .device import on_gpu
 from .tree import TokenTree
 
 BLOCK = 256  # positions a buffer grows by
@@ -179,7 +180,9 @@ class KVCache:
     def begin(self, tree: TokenTree | None) -> None:
         """Announce the rows of the next forward: a tree's nodes, or None for a run of text."""
         self.tree = tree
-        self.positions = self.length if tree is None or tree.is_chain else tree.depth + self.length
+        # A run of rows could do with its first position. On a CPU a vector of them is faster: see rope.py.
+        is_run = tree is None or tree.num_nodes == 1 or (tree.is_chain and on_gpu())
+        self.positions = self.length if tree is None or is_run else tree.depth + self.length
 
     def commit(self, count: int) -> None:
         """Commit the first `count` pending rows (a run of text, or the front of a tree)."""

@@ -49,7 +49,7 @@ BUDGET_SECONDS = 6.0
 CONTEXT = 128  # positions in the cache while measuring
 DEAR = 2.5  # plain steps
 ROUNDS, STEPS = 8, 2  # of all measurements; decode steps in one
-VERSION = 14
+VERSION = 15
 
 
 @dataclass(slots=True)
