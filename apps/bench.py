@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from redrafter_mlx.prompts import Request, read_requests
+from redrafter_mlx.prompts import read_requests
 
 from .options import DEFAULT_MODEL, DrafterOption, DraftOption, ModelOption, check_draft
 
@@ -58,7 +58,9 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(min=16, help="Lengthen every prompt to this many tokens with other prompts' text."),
+        typer.Option(
+            min=16, help="Lengthen every prompt to about this many tokens with other prompts' text."
+        ),
     ] = None,
     mlx_lm: Annotated[bool, typer.Option(help="Also run mlx-lm's own stream_generate.")] = True,
     profile: Annotated[
@@ -87,7 +89,7 @@ def _run(settings: Settings) -> dict[str, Any]:
     model = rd.load(settings.model, settings.drafter)
     sampling = rd.Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
     requests = measure.spread(read_requests(settings.prompts or measure.MT_BENCH), settings.limit)
-    prompts = _encode(model, requests, settings.context)
+    prompts = measure.encoded(model, requests, settings.context)
     arms = {
         "plain": measure.own_arm(model, "off", settings.max_tokens, sampling),
         "drafted": measure.own_arm(model, settings.draft, settings.max_tokens, sampling),
@@ -107,21 +109,6 @@ def _run(settings: Settings) -> dict[str, Any]:
         )
     _print_table(result, report)
     return report
-
-
-def _encode(model: Any, requests: list[Request], context: int | None) -> list[list[int]]:
-    from redrafter_mlx.generation import encode
-
-    prompts = [encode(model, request.prompt) for request in requests]
-    if context is None:
-        return prompts
-    filler = [token for prompt in prompts for token in prompt]
-    long = []
-    for prompt in prompts:
-        need = max(0, context - len(prompt))
-        text = (filler * (need // len(filler) + 1))[:need]
-        long.append(text + prompt)
-    return long
 
 
 def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:

@@ -25,7 +25,7 @@ from .accept import Acceptance
 from .cost import CostTable
 from .decode import Decoder, Draft, Stats
 from .device import device_name, on_gpu
-from .generation import Model, generate, make_policy
+from .generation import Model, encode, generate, make_policy
 from .policy import Fixed, Policy
 from .prompts import Request
 from .sampling import Sampling
@@ -151,6 +151,30 @@ def spread(requests: Sequence[Request], limit: int | None) -> list[Request]:
     if limit is None or limit >= len(requests):
         return list(requests)
     return [requests[index * len(requests) // limit] for index in range(limit)]
+
+
+def encoded(model: Model, requests: Sequence[Request], context: int | None) -> list[list[int]]:
+    """Token ids of every prompt, with a `context` about so many: other prompts' text then goes before its last message.
+
+    Raises:
+        ValueError: lengthening without a tokenizer.
+    """
+    prompts = [encode(model, request.prompt) for request in requests]
+    if context is None:
+        return prompts
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"--context needs a tokenizer, and {model.target.name} has none")
+    text = "\n\n".join(request.messages(None)[-1]["content"] for request in requests)
+    filler = tokenizer.encode(text, add_special_tokens=False)
+    filler = filler * (1 + context // len(filler))
+    out = []
+    for request, prompt in zip(requests, prompts, strict=True):
+        *earlier, last = request.messages(None)
+        before = tokenizer.decode(filler[: max(0, context - len(prompt))])
+        longer = {**last, "content": f"{before}\n\n{last['content']}"}
+        out.append(encode(model, [*earlier, longer]) if before else prompt)
+    return out
 
 
 class ProfiledDecoder(Decoder):

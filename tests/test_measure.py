@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.toy import make
+from tests.toy import make, save_folder
 
 # isort: split
 import numpy as np
 
 from redrafter_mlx import measure
 from redrafter_mlx.cost import CostTable
+from redrafter_mlx.loading import load
 from redrafter_mlx.measure import Comparison, Looks, Run
-from redrafter_mlx.prompts import read_requests
+from redrafter_mlx.prompts import Request, read_requests, user
 from redrafter_mlx.sampling import Sampling
 
 
@@ -115,3 +118,18 @@ def test_wide_searches_see_what_is_accepted() -> None:
 
 def test_machine_names_itself() -> None:
     assert {"device", "chip", "os", "versions", "commit"} <= measure.machine().keys()
+
+
+def test_prompts_are_lengthened_before_their_own_text(tmp_path: Path) -> None:
+    model = load(save_folder(tmp_path))
+    requests = [Request(0, "Why is the sky blue?"), Request(1, [user("Hello"), user("Name a fruit.")])]
+    plain = measure.encoded(model, requests, None)
+    assert measure.encoded(model, requests, 2) == plain, "long enough as they are"
+    assert model.tokenizer is not None
+    for own, longer in zip(plain, measure.encoded(model, requests, 200), strict=True):
+        assert abs(len(longer) - 200) <= 8
+        assert longer[-10:] == own[-10:] and longer[0] == own[0]
+        assert "Why is the sky" in model.tokenizer.decode(longer[: -len(own)])
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="--context needs a tokenizer"):
+        measure.encoded(model, [], 200)
