@@ -8,6 +8,7 @@ on a few prompts, and, unless `--predict` is given, the real speed of every widt
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +76,10 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
 
 
 def _measured(model: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:
-    """Median speed-up over plain decoding of every width x length, all interleaved prompt by prompt."""
+    """Median speed-up over plain decoding of every width x length, all interleaved prompt by prompt.
+
+    Plain decoding, which all are held against, runs before every width, and the median of these runs counts.
+    """
     from rich.progress import track
 
     import redrafter_mlx as rd
@@ -83,11 +87,21 @@ def _measured(model: Any, prompts: list[list[int]], max_tokens: int) -> dict[str
 
     from .console import stderr
 
-    names = ["off", *(f"{w}x{length}" for w in WIDTHS for length in LENGTHS)]
-    arms = {name: measure.own_arm(model, name, max_tokens, rd.Sampling()) for name in names}
+    plain = [f"off {width}" for width in WIDTHS]
+    arms = {}
+    for name, width in zip(plain, WIDTHS, strict=True):
+        arms[name] = measure.own_arm(model, "off", max_tokens, rd.Sampling())
+        for shape in (f"{width}x{length}" for length in LENGTHS):
+            arms[shape] = measure.own_arm(model, shape, max_tokens, rd.Sampling())
     rounds = measure.compare(arms, prompts, ["all"] * len(prompts))
     *_, result = track(rounds, total=len(prompts), description="every shape", console=stderr())
-    return {name: round(result.ratio(name, "off")[1], 4) for name in names[1:]}
+    speed = {name: [run.tokens_per_second for run in runs] for name, runs in result.runs.items()}
+    base = [statistics.median(speed[name][index] for name in plain) for index in range(len(prompts))]
+
+    def over_plain(shape: str) -> float:
+        return statistics.median(mine / off for mine, off in zip(speed[shape], base, strict=True) if off)
+
+    return {shape: round(over_plain(shape), 4) for shape in arms if shape not in plain}
 
 
 def _print(report: dict[str, Any]) -> None:
