@@ -1,0 +1,80 @@
+"""`redrafter bench` and `redrafter tune` from start to figures, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apps.cli import main
+from tests.toy import save_folder
+
+# isort: split
+from apps import tune
+from redrafter_mlx import cost
+
+FIELDS = {
+    "device", "chip", "os", "versions", "commit", "model", "dtype", "drafter", "draft", "prompts", "tokens",
+    "plain_tokens_per_second", "tokens_per_second", "mlx_lm_tokens_per_second", "speedup", "tokens_per_step",
+    "efficiency", "accepted_by_depth", "identical", "syncs_per_step", "ops_per_step", "bytes_per_step",
+    "peak_memory_bytes",
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cost, "BUDGET_SECONDS", 0.1)
+    (tmp_path / "prompts.jsonl").write_text('"Hello"\n{"prompt": "What is red?", "category": "colours"}\n')
+    return save_folder(tmp_path / "model")
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(report, dict)
+    return report
+
+
+def test_bench_ends_with_every_figure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, out = folder.parent / "prompts.jsonl", folder.parent / "out.json"
+    given = [
+        "bench",
+        "--model",
+        str(folder),
+        "--draft",
+        "2x3@4",
+        "--prompts",
+        str(prompts),
+        "--max-tokens",
+        "8",
+    ]
+    assert main([*given, "--draft-model", str(folder), "--profile", "--out", str(out)]) == 0
+    report = last_line(capsys)
+    assert set(report) >= FIELDS
+    assert report["identical"] is True and report["syncs_per_step"] == 1.0 and report["prompts"] == 2
+    assert report["mlx_lm_speculative_tokens_per_second"] and set(report["categories"]) == {"all", "colours"}
+    assert set(report["profile_ms"]) == {"draft", "verify", "accept", "keep", "host"}
+    assert json.loads(out.read_text()) == report
+
+
+def test_tune_measures_every_shape_and_draws_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "WIDTHS", (1, 2))
+    monkeypatch.setattr(tune, "LENGTHS", (2, 3))
+    plot, prompts = folder.parent / "map.png", folder.parent / "prompts.jsonl"
+    given = ["tune", "--model", str(folder), "--prompts", str(prompts), "--max-tokens", "8", "--limit", "2"]
+    assert main([*given, "--plot", str(plot)]) == 0
+    report = last_line(capsys)
+    shapes = {"1x2", "1x3", "2x2", "2x3"}
+    assert set(report["measured_by_shape"]) == set(report["predicted_by_shape"]) == shapes
+    assert all(value > 0 for value in report["measured_by_shape"].values())
+    assert str(report["advice"]).startswith("auto will ")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tune_without_a_drafter_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--model", str(folder), "--drafter", "none"]) == 2
+    assert "tune needs a drafter" in capsys.readouterr().err
