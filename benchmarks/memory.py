@@ -41,7 +41,6 @@ def peaks(model: Model, draft: str, count: int) -> dict[str, object]:
     prompt = encode(model, PROMPT)
     decoder.cache.reserve(len(prompt) + count + MAX_NODES)
     decoder.prefill(prompt)
-    out: dict[str, object] = {}
     peak, moved, done, before = [], [], 0, addresses(decoder)
     mx.reset_peak_memory()
     for tokens in decoder.steps():
@@ -55,10 +54,12 @@ def peaks(model: Model, draft: str, count: int) -> dict[str, object]:
         mx.reset_peak_memory()
         if done >= count:
             break
-    out["peak_bytes"], out["buffers_moved"] = peak, moved
-    out["tokens_per_step"] = round(decoder.stats.tokens_per_step, 3)
-    out["cache_bytes"] = decoder.cache.nbytes
-    return out
+    return {
+        "peak_bytes": peak,
+        "buffers_moved": moved,
+        "tokens_per_step": round(decoder.stats.tokens_per_step, 3),
+        "cache_bytes": decoder.cache.nbytes,
+    }
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import mlx.nn as nn
 from mlx_lm.models import activations, base, llama
 
 from redrafter_mlx import measure
+from redrafter_mlx.few_rows import Product
 from redrafter_mlx.generation import Model, encode
 from redrafter_mlx.prompts import read_requests
 from redrafter_mlx.rope import TreeRope
@@ -77,21 +78,10 @@ def stock_model() -> Model:
         if isinstance(module, TreeRope):
             module._kind = b""  # no table: row by row
     drafter.update(drafter.parameters())  # no longer settled
-    drafter._rows = Dense(made.target.output_rows(drafter.target_ids()))
+    rows = Product(made.target.output_rows(drafter.target_ids()))
+    rows._most_rows = 0  # no tiles
+    drafter._rows = rows
     return made
-
-
-class Dense:
-    """Output rows as MLX multiplies them."""
-
-    def __init__(self, weight: mx.array) -> None:
-        self.weight, self.nbytes = weight, weight.nbytes
-
-    def dense(self) -> mx.array:
-        return self.weight
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.weight.T
 
 
 @contextmanager

@@ -181,8 +181,10 @@ class KVCache:
         """Announce the rows of the next forward: a tree's nodes, or None for a run of text."""
         self.tree = tree
         # A run of rows could do with its first position. On a CPU a vector of them is faster: see rope.py.
-        is_run = tree is None or tree.num_nodes == 1 or (tree.is_chain and on_gpu())
-        self.positions = self.length if tree is None or is_run else tree.depth + self.length
+        if tree is None or tree.num_nodes == 1 or (tree.is_chain and on_gpu()):
+            self.positions = self.length
+        else:
+            self.positions = tree.depth + self.length
 
     def commit(self, count: int) -> None:
         """Commit the first `count` pending rows (a run of text, or the front of a tree)."""

@@ -199,19 +199,10 @@ class Target:
         head = self._head
         if head.get("scales") is None:
             return None
-        biases = head.get("biases")
-
-        def chosen(part: mx.array) -> mx.array:
-            return part if tokens is None else part[tokens]
-
-        return PackedRows(
-            chosen(head.weight),
-            chosen(head.scales),
-            None if biases is None else chosen(biases),
-            head.group_size,
-            head.bits,
-            getattr(head, "mode", "affine"),
-        )
+        rows = slice(None) if tokens is None else tokens
+        biases = None if head.get("biases") is None else head.biases[rows]
+        mode = getattr(head, "mode", "affine")
+        return PackedRows(head.weight[rows], head.scales[rows], biases, head.group_size, head.bits, mode)
 
     def check_tree(self) -> None:
         """Verify a small tree and compare it with plain decoding of its paths.

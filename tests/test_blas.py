@@ -70,7 +70,7 @@ def test_a_library_that_does_not_load_is_named_and_the_next_taken() -> None:
     )
     result = run(ALONE + code, PYTHONPATH=os.getcwd())
     assert result.stdout.strip() == "True"
-    assert result.stderr.count("BLAS: /no/such/lib.so does not load") == 1
+    assert result.stderr.count("WARNING:redrafter_mlx:BLAS: /no/such/lib.so does not load") == 1
 
 
 @linux_only
