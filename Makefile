@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench clean
+.PHONY: help demo test quick check lint types imports test-gpu-choices test-plain-kernels fix bench clean
 
 help: ## say what the targets are
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,11 +24,26 @@ demo: $(STAMP) ## an answer of the default model, plain against drafted
 test: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -q
 
-check: $(STAMP) ## what must pass before a change lands: lint, format, types, tests
+quick: $(STAMP) ## the tests of a minute
+	$(BIN)/python -m pytest -q -m "not slow and not network"
+
+check: $(STAMP) ## what must pass before a change lands: lint, format, types, import contract, all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q
+	$(MAKE) --no-print-directory test-gpu-choices test-plain-kernels
+
+# Without compiling, but for trees: the C++ compiler takes half an hour for the sampling filters of every shape.
+CHOICES := tests/test_decode.py tests/test_drafters_beam.py tests/test_drafters_precision.py \
+	tests/test_drafters_recurrent.py tests/test_sampling.py tests/test_target.py tests/test_target_cache.py
+test-gpu-choices: $(STAMP) ## the core's tests with what is chosen on a GPU
+	REDRAFTER_PRETEND_GPU=1 MLX_DISABLE_COMPILE=1 $(BIN)/python -m pytest -q $(CHOICES)
+	REDRAFTER_PRETEND_GPU=1 $(BIN)/python -m pytest -q tests/test_tree.py tests/test_accept.py
+
+test-plain-kernels: $(STAMP) ## the core's tests without the faster kernels for a CPU
+	REDRAFTER_CPU=off $(BIN)/python -m pytest -q $(CHOICES)
 
 fix: $(STAMP) ## repair what ruff can repair
 	$(BIN)/ruff check --fix .

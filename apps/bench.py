@@ -1,5 +1,4 @@
-"""`redrafter bench`: speculative against plain decoding and against mlx-lm, on the same prompts and
-weights.
+"""`redrafter bench`: speculative against plain decoding and against mlx-lm, on the same prompts and weights.
 
 Every prompt goes through all arms before the next one does. The last line on stdout is one JSON object; the
 table before it and all else is on stderr.
@@ -17,7 +16,7 @@ import typer
 
 from redrafter_mlx.prompts import read_requests
 
-from .options import DEFAULT_MODEL, DrafterOption, DraftOption, ModelOption, check_draft
+from .options import DEFAULT_MODEL, DrafterOption, DraftOption, ModelOption, check_draft, load_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +82,31 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
 
 
 def _run(settings: Settings) -> dict[str, Any]:
-    import redrafter_mlx as rd
-    from redrafter_mlx import measure
+    from redrafter_mlx import Sampling
+    from redrafter_mlx.measure.compare import MT_BENCH, encoded, mlx_lm_arm, own_arm, spread
+    from redrafter_mlx.measure.profile import ops_per_step, profile
 
-    model = rd.load(settings.model, settings.drafter)
-    sampling = rd.Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
-    requests = measure.spread(read_requests(settings.prompts or measure.MT_BENCH), settings.limit)
-    prompts = measure.encoded(model, requests, settings.context)
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
+    model = load_model(settings.model, settings.drafter)
+    if model.drafter is None and settings.draft != "off":
+        raise ValueError(f"{model.target.name} has no drafter to measure: give one with --drafter")
+    requests = spread(read_requests(settings.prompts or MT_BENCH), settings.limit)
+    prompts = encoded(model, requests, settings.context)
     arms = {
-        "plain": measure.own_arm(model, "off", settings.max_tokens, sampling),
-        "drafted": measure.own_arm(model, settings.draft, settings.max_tokens, sampling),
+        "plain": own_arm(model, "off", settings.max_tokens, sampling),
+        "drafted": own_arm(model, settings.draft, settings.max_tokens, sampling),
     }
     if settings.with_mlx_lm and model.tokenizer is not None:
-        arms["mlx_lm"] = measure.mlx_lm_arm(model, settings.max_tokens, sampling)
+        arms["mlx_lm"] = mlx_lm_arm(model, settings.max_tokens, sampling)
     if settings.draft_model is not None:
-        smaller = rd.load(settings.draft_model, "none").target.model
-        arms["mlx_lm_speculative"] = measure.mlx_lm_arm(model, settings.max_tokens, sampling, smaller)
+        smaller = load_model(settings.draft_model, "none").target.model
+        arms["mlx_lm_speculative"] = mlx_lm_arm(model, settings.max_tokens, sampling, smaller)
     result = _compare(arms, prompts, [request.category for request in requests])
     report = _report(settings, model, result)
-    report["ops_per_step"] = measure.ops_per_step(model, prompts[0], settings.draft, sampling)
-    report["plain_ops_per_step"] = measure.ops_per_step(model, prompts[0], "off", sampling)
+    report["ops_per_step"] = ops_per_step(model, prompts[0], settings.draft, sampling)
+    report["plain_ops_per_step"] = ops_per_step(model, prompts[0], "off", sampling)
     if settings.with_profile:
-        report["profile_ms"] = measure.profile(
-            model, prompts[0], settings.draft, settings.max_tokens, sampling
-        )
+        report["profile_ms"] = profile(model, prompts[0], settings.draft, settings.max_tokens, sampling)
     _print_table(result, report)
     return report
 
@@ -114,7 +114,7 @@ def _run(settings: Settings) -> dict[str, Any]:
 def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from redrafter_mlx import measure
+    from redrafter_mlx.measure.compare import compare
 
     from .console import stderr
 
@@ -122,15 +122,16 @@ def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:
     with Progress(*columns, console=stderr()) as progress:
         task = progress.add_task("prompts", total=len(prompts))
         result = None
-        for result in measure.compare(arms, prompts, categories):
+        for result in compare(arms, prompts, categories):
             rate = result.ratio("drafted", "plain")[1]
             progress.update(task, advance=1, description=f"drafted / plain {rate:.2f}")
     return result
 
 
 def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
-    from redrafter_mlx import measure
-    from redrafter_mlx.decode import Stats
+    from redrafter_mlx.measure.machine import machine
+    from redrafter_mlx.measure.profile import bytes_per_step
+    from redrafter_mlx.stats import Stats
 
     drafted = Stats()
     for run in result.runs["drafted"]:
@@ -141,7 +142,7 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
     speedup = result.ratio("drafted", base)
     mlx_lm = result.rate("mlx_lm") if "mlx_lm" in result.runs else None
     report = {
-        **measure.machine(),
+        **machine(),
         "model": settings.model,
         "dtype": str(model.target.dtype).removeprefix("mlx.core."),
         "drafter": settings.drafter or "default",
@@ -167,7 +168,7 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         ),
         "rows_per_step": round(1 + drafted.drafted_tokens / drafted.steps, 3),
         "syncs_per_step": round(drafted.syncs / drafted.steps, 4),
-        "bytes_per_step": measure.bytes_per_step(model, 1 + len(drafted.acceptance)),
+        "bytes_per_step": bytes_per_step(model, 1 + len(drafted.acceptance)),
         "peak_memory_bytes": drafted.peak_memory_bytes,
         "plain_peak_memory_bytes": max(run.stats.peak_memory_bytes for run in plain),
         "prefill_seconds": round(drafted.prefill_seconds, 3),

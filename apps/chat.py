@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options as opt
+from .console import GaveUpNote, note, note_missing_drafter
 from .generate import summary
 
 if TYPE_CHECKING:
@@ -44,15 +45,17 @@ def chat(  # noqa: PLR0913  (typer: one argument per option)
     settings = opt.settings(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
     from .conversation import Conversation
 
-    conversation = Conversation(opt.load_model(model, drafter), settings, system)
+    loaded = opt.load_model(model, drafter)
+    conversation = Conversation(loaded, settings, system)
+    note_missing_drafter(loaded, draft, drafter)
     if sys.stdin.isatty():
-        _note(f"{model}: /help for help, Ctrl-C stops an answer, Ctrl-D leaves")
+        note(f"{model}: /help for help, Ctrl-C stops an answer, Ctrl-D leaves")
     run(conversation)
 
 
 def run(conversation: Conversation) -> None:
     """Read a line, answer it, until the end of input, /quit, or Ctrl-C twice."""
-    interrupted = False
+    interrupted, gave_up = False, GaveUpNote(conversation.model)
     while True:
         try:
             line = _read_line()
@@ -63,7 +66,7 @@ def run(conversation: Conversation) -> None:
             if interrupted:
                 return
             interrupted = True
-            _note("Ctrl-C again or Ctrl-D to leave")
+            note("Ctrl-C again or Ctrl-D to leave")
             continue
         interrupted = False
         if line.startswith("/"):
@@ -72,6 +75,7 @@ def run(conversation: Conversation) -> None:
             _command(conversation, line)
         elif line:
             interrupted = _turn(conversation, line)
+            gave_up.after_answer()
 
 
 def _turn(conversation: Conversation, text: str) -> bool:
@@ -82,21 +86,21 @@ def _turn(conversation: Conversation, text: str) -> bool:
         print(f"error: {error}", file=sys.stderr)
         return False
     if conversation.dropped:
-        _note(f"the context is full: the oldest {conversation.dropped} exchanges are forgotten")
+        note(f"the context is full: the oldest {conversation.dropped} exchanges are forgotten")
     finish = None
-    with _ctrl_c() as pressed:
+    # closed here, also by a second Ctrl-C, so that history and cache hold what was said
+    with _ctrl_c() as pressed, closing(stream):
         for chunk in stream:
             print(chunk.text, end="", flush=True)
             finish = chunk.finish_reason
             if pressed:
                 break
-        stream.close()  # type: ignore[attr-defined]  # now, so that the cache is settled
     print(flush=True)
     if pressed and finish is None:
-        _note("stopped")
+        note("stopped")
     elif finish == "length":
-        _note("cut at the length limit (--max-tokens)")
-    _note(_status(conversation))
+        note("cut at the length limit (--max-tokens)")
+    note(_status(conversation))
     return bool(pressed)
 
 
@@ -105,12 +109,12 @@ def _ctrl_c() -> Iterator[list[int]]:
     """Collect the first Ctrl-C in the list given, so that a step ends whole; the second raises."""
     pressed: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def press(number: int, frame: FrameType | None) -> None:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, press)
     try:
         yield pressed
     except KeyboardInterrupt:
@@ -124,17 +128,17 @@ def _command(conversation: Conversation, line: str) -> None:
     rest = rest.strip()
     if name == "/reset":
         conversation.reset()
-        _note("the conversation is forgotten")
+        note("the conversation is forgotten")
     elif name == "/system" and rest:
         conversation.reset()
         conversation.system = rest
-        _note("a new conversation with this system message")
+        note("a new conversation with this system message")
     elif name == "/system":
-        _note(conversation.system or "no system message but the chat template's own")
+        note(conversation.system or "no system message but the chat template's own")
     elif name == "/stats":
         _stats(conversation)
     elif name == "/help":
-        _note(HELP)
+        note(HELP)
     else:
         print(f"error: no command {name}; /help lists them", file=sys.stderr)
 
@@ -142,11 +146,11 @@ def _command(conversation: Conversation, line: str) -> None:
 def _stats(conversation: Conversation) -> None:
     stats = conversation.last
     if stats is None:
-        _note("nothing was said yet")
+        note("nothing was said yet")
         return
     for key, value in stats.to_dict().items():
         if key != "token_ids":
-            _note(f"{key}: {value}")
+            note(f"{key}: {value}")
 
 
 def _status(conversation: Conversation) -> str:
@@ -155,11 +159,6 @@ def _status(conversation: Conversation) -> str:
         return "nothing was said"
     used, limit = stats.prompt_tokens + stats.generated_tokens, conversation.model.target.max_length
     return f"{summary([stats])}, context {used}{f' of {limit}' if limit else ''}"
-
-
-def _note(text: str) -> None:
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{dim}{text}{plain}", file=sys.stderr, flush=True)
 
 
 def _read_line() -> str:

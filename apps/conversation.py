@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 
-from redrafter_mlx.decode import Stats
 from redrafter_mlx.generation import Chunk, Model, PromptCache, encode, make_policy, stream_generate
 from redrafter_mlx.prompts import user
+from redrafter_mlx.stats import Stats
 
 from .options import Settings
 
@@ -27,8 +27,8 @@ class _Answered:
 class Conversation:
     """Messages so far and the cache that holds them.
 
-    The next prompt is not the whole history tokenised anew but the tokens of the last turn, as they
-    were, and the rest of the chat template: text that a model wrote need not tokenise to the ids it
+    The next prompt is not the whole history tokenized anew but the tokens of the last turn, as they
+    were, and the rest of the chat template: text that a model wrote need not tokenize to the ids it
     wrote, and the cache would end at the first difference.
     """
 
@@ -53,7 +53,7 @@ class Conversation:
         self.messages.clear()
         self.last, self._answered = None, None
 
-    def say(self, text: str) -> Iterator[Chunk]:
+    def say(self, text: str) -> Generator[Chunk, None, None]:
         """The answer to `text`. What was said stays in the history, also where the caller stops.
 
         Raises:
@@ -72,7 +72,7 @@ class Conversation:
 
     def _answer(
         self, stream: Iterator[Chunk], prompt: list[int], before: list[dict[str, str]]
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         rendered, said = self._render(), ""
         stats: Stats | None = None
         try:
@@ -80,7 +80,7 @@ class Conversation:
                 said, stats = said + chunk.text, chunk.stats
                 yield chunk
         finally:
-            stream.close()  # type: ignore[attr-defined]  # settles the cache
+            stream.close()  # type: ignore[attr-defined]  # the cache then holds what was said
             if stats is None:
                 self.messages[:] = before
             else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +12,8 @@ import typer
 from . import options as opt
 
 if TYPE_CHECKING:
-    from redrafter_mlx.decode import Stats
     from redrafter_mlx.generation import Chunk, Model
+    from redrafter_mlx.stats import Stats
 
 PROMPTS = (
     "Explain in three short paragraphs why the sky is blue.",
@@ -25,32 +24,6 @@ PROMPTS = (
 
 
 SHOWN = "4x5@8"
-
-
-@dataclass(slots=True)
-class _Sum:
-    """Figures of one way to decode, added up over the prompts."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    steps: int = 0
-    accepted: int = 0
-    answers: list[list[int]] = field(default_factory=list)
-
-    def add(self, stats: Stats) -> None:
-        self.tokens += stats.generated_tokens - 1  # the first one belongs to the prefill
-        self.seconds += stats.decode_seconds
-        self.steps += stats.steps
-        self.accepted += stats.accepted_tokens
-        self.answers.append(stats.token_ids)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def tokens_per_step(self) -> float:
-        return 1 + self.accepted / self.steps if self.steps else 0.0
 
 
 def demo(
@@ -70,18 +43,18 @@ def demo(
         raise ValueError(f"--model {model} comes without a drafter: give one with --drafter")
     from redrafter_mlx import stream_generate
 
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    mark = "in green" if colour else "in [brackets]"
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    mark = "in green" if color else "in [brackets]"
     print(f"\n{prompt}\n(drafted by the drafter and accepted by the target: {mark})\n")
     # auto may find that drafting does not pay here; the marks are to be seen all the same
     shown = SHOWN if draft == "auto" else draft
-    mark_drafted(stream_generate(loaded, prompt, max_tokens=max_tokens, draft=shown), colour)
+    mark_drafted(stream_generate(loaded, prompt, max_tokens=max_tokens, draft=shown), color)
     return _compare(loaded, (prompt, *PROMPTS[1:]), [draft, *({shown} - {draft})], max_tokens)
 
 
-def mark_drafted(stream: Iterable[Chunk], colour: bool) -> None:
+def mark_drafted(stream: Iterable[Chunk], color: bool) -> None:
     """Print a stream with its runs of accepted draft tokens between marks."""
-    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("[", "]")
+    begin, end = ("\x1b[32m", "\x1b[0m") if color else ("[", "]")
     inside = False
     for chunk in stream:
         if chunk.text and chunk.from_draft != inside:
@@ -96,15 +69,16 @@ def _compare(model: Model, prompts: tuple[str, ...], drafts: list[str], max_toke
     from redrafter_mlx import generate
 
     ways = ["off", *drafts]
-    sums = {way: _Sum() for way in ways}
+    runs: dict[str, list[Stats]] = {way: [] for way in ways}
     for way in ways:
         generate(model, prompts[0], max_tokens=8, draft=way)  # warm
     for index, prompt in enumerate(prompts):
         for way in ways[index % len(ways) :] + ways[: index % len(ways)]:
             _, stats = generate(model, prompt, max_tokens=max_tokens, draft=way)
-            sums[way].add(stats)
-    identical = all(sums[way].answers == sums["off"].answers for way in drafts)
-    _table(sums)
+            runs[way].append(stats)
+    answers = {way: [stats.token_ids for stats in runs[way]] for way in ways}
+    identical = all(answers[way] == answers["off"] for way in drafts)
+    _table(runs)
     dtype = str(model.target.dtype).removeprefix("mlx.core.")
     print(f"{model.target.name}, {dtype}, {len(prompts)} prompts, identical: {_yes(identical)}")
     if identical:
@@ -123,15 +97,23 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _table(sums: dict[str, _Sum]) -> None:
+def _table(runs: dict[str, list[Stats]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table, plain = Table(), sums["off"]
+    from redrafter_mlx.stats import Stats
+
+    sums = {way: Stats() for way in runs}
+    for way, all_stats in runs.items():
+        for stats in all_stats:
+            sums[way].add(stats)
+    table, plain = Table(), sums["off"].tokens_per_second
     for title in ("", "tokens/s", "tokens per step", "speed-up"):
         table.add_column(title, justify="right" if title else "left")
-    for name, way in sums.items():
-        speed_up = way.tokens_per_second / plain.tokens_per_second if plain.seconds else 0.0
-        label = "plain" if name == "off" else f"drafted ({name})"
-        table.add_row(label, f"{way.tokens_per_second:.1f}", f"{way.tokens_per_step:.2f}", f"{speed_up:.2f}x")
+    for way, total in sums.items():
+        rate = total.tokens_per_second
+        label = "plain" if way == "off" else f"drafted ({way})"
+        table.add_row(
+            label, f"{rate:.1f}", f"{total.tokens_per_step:.2f}", f"{rate / plain if plain else 0.0:.2f}x"
+        )
     Console().print(table)

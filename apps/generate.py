@@ -13,10 +13,11 @@ import typer
 from redrafter_mlx.prompts import Request, read_requests
 
 from . import options as opt
+from .console import GaveUpNote, note_missing_drafter
 
 if TYPE_CHECKING:
-    from redrafter_mlx.decode import Stats
     from redrafter_mlx.generation import Chunk, Model
+    from redrafter_mlx.stats import Stats
 
 
 def generate(  # noqa: PLR0913  (typer: one argument per option)
@@ -52,8 +53,12 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     settings = opt.settings(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
     loaded = opt.load_model(model, drafter)
     streams = _streams(loaded, requests, settings, raw, system)
-    write = _write_json if as_json else _write_text
-    print(summary([write(index, *pair) for index, pair in enumerate(streams)]), file=sys.stderr)
+    note_missing_drafter(loaded, draft, drafter)
+    write, gave_up, all_stats = _write_json if as_json else _write_text, GaveUpNote(loaded), []
+    for index, pair in enumerate(streams):
+        all_stats.append(write(index, *pair))
+        gave_up.after_answer()
+    print(summary(all_stats), file=sys.stderr)
 
 
 def _requests(prompt: str | None, prompts: Path | None) -> list[Request]:
@@ -125,19 +130,20 @@ def _write_text(index: int, request: Request, stream: Iterator[Chunk]) -> Stats:
 
 def summary(all_stats: Sequence[Stats]) -> str:
     """What some generations took, in a line."""
-    tokens = sum(stats.generated_tokens for stats in all_stats)
-    seconds = sum(stats.decode_seconds for stats in all_stats)
-    steps = sum(stats.steps for stats in all_stats)
-    accepted = sum(stats.accepted_tokens for stats in all_stats)
+    from redrafter_mlx.stats import Stats
+
+    total = Stats()
+    for stats in all_stats:
+        total.add(stats)
     parts = [f"{len(all_stats)} prompts"] if len(all_stats) > 1 else []
-    parts.append(f"{tokens} tokens")
-    if seconds and steps:
-        parts.append(f"{(tokens - len(all_stats)) / seconds:.1f} tokens/s")
-        parts.append(f"{1 + accepted / steps:.2f} tokens per step")
-    prefill = sum(stats.prefill_seconds for stats in all_stats)
+    parts.append(f"{total.generated_tokens} tokens")
+    if total.decode_seconds and total.steps:
+        parts.append(f"{total.tokens_per_second:.1f} tokens/s")
+        parts.append(f"{total.tokens_per_step:.2f} tokens per step")
     asked = sum(stats.prompt_tokens for stats in all_stats)
     reused = sum(stats.reused_tokens for stats in all_stats)
-    parts.append(f"prompt {asked} tokens{f' ({reused} reused)' if reused else ''} in {prefill:.2f} s")
+    prompt = f"prompt {asked} tokens{f' ({reused} reused)' if reused else ''}"
+    parts.append(f"{prompt} in {total.prefill_seconds:.2f} s")
     if len(all_stats) == 1 and all_stats[0].seed is not None:
         parts.append(f"seed {all_stats[0].seed}")
     return ", ".join(parts)

@@ -51,12 +51,14 @@ MinPOption = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
-MaxTokensOption = Annotated[int, typer.Option(help="Length of an answer at most.")]
+MaxTokensOption = Annotated[int, typer.Option(help="Maximum tokens to generate.")]
 StopOption = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End the text before this string; may be repeated."),
 ]
-KVBitsOption = Annotated[int | None, typer.Option("--kv-bits", help="Quantise the KV cache to so many bits.")]
+KVBitsOption = Annotated[
+    int | None, typer.Option("--kv-bits", help="Quantize the KV cache to this many bits.")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,12 @@ def check_max_tokens(max_tokens: int) -> int:
 
 
 def load_model(model: str, drafter: str | None) -> Model:
-    """The target with its drafter, as the two options name them."""
-    import redrafter_mlx
+    """The target with its drafter, as the two options name them.
 
+    Freed memory is kept from here on: the process is a command of ours, so nobody else's malloc is changed.
+    """
+    import redrafter_mlx
+    from redrafter_mlx.kernels import keep_freed_memory
+
+    keep_freed_memory()
     return redrafter_mlx.load(model, drafter)

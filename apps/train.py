@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import options as opt
+from .console import stderr
+
 if TYPE_CHECKING:
     from redrafter_mlx.train.run import Request
     from redrafter_mlx.train.trainer import Progress, Trainer
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 def train(  # noqa: PLR0913  (typer: one argument per option)
     out: Annotated[Path, typer.Option(help="Folder for the drafter, its checkpoints and its data.")],
-    model: Annotated[str, typer.Option(help="Target.")] = "smollm2-135m-instruct",
+    model: opt.ModelOption = opt.DEFAULT_MODEL,
     prompts: Annotated[Path | None, typer.Option(help="Prompts: .jsonl, .txt, or a folder of them.")] = None,
     text: Annotated[
         Path | None,
@@ -30,7 +33,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         Path | None,
         typer.Option(help="Prompts never to train on, e.g. a benchmark's (.jsonl, .txt)."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 160,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 160,
     rows: Annotated[int, typer.Option(help="Answers written at once.")] = 96,
     disk_budget: Annotated[
         float | None,
@@ -76,7 +79,6 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
 
     Killed and called again with the same options, it continues where it was, to the same result.
     """
-    from redrafter_mlx import load
     from redrafter_mlx.train.loss import Objective
     from redrafter_mlx.train.run import Request, Shape
     from redrafter_mlx.train.trainer import Settings
@@ -117,7 +119,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
             validate_every=validate_every,
         ),
     )
-    loaded = load(model, "none")
+    loaded = opt.load_model(model, "none")
     if loaded.tokenizer is None:
         raise ValueError(f"--model {model} has no tokenizer, so it cannot write text")
     trainer = _run(loaded.target, loaded.tokenizer, request)
@@ -139,13 +141,12 @@ def _context_layers(text: str) -> tuple[int, ...] | None:
 
 def _run(target: Any, tokenizer: Any, request: Request) -> Trainer:
     """Write the text and train, with progress bars on stderr."""
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     from redrafter_mlx.train.run import make_trainer, write_data
 
-    console = Console(stderr=True)
+    console = stderr()
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),

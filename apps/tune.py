@@ -1,5 +1,4 @@
-"""`redrafter tune`: what drafting costs and brings on this machine, and what `--draft auto` will do about
-it.
+"""`redrafter tune`: what drafting costs and brings on this machine, and what `--draft auto` will do about it.
 
 Three measurements: the cost table (seconds by verified rows, seconds of a draft), the drafter's acceptance
 on a few prompts, and, unless `--predict` is given, the real speed of every width x length on those prompts.
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DEFAULT_MODEL, DrafterOption, ModelOption
+from .options import DEFAULT_MODEL, DrafterOption, ModelOption, load_model
 
 WIDTHS = (1, 2, 3, 4, 8)
 LENGTHS = (2, 3, 4, 5)
@@ -35,38 +34,44 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
     plot: Annotated[Path | None, typer.Option(help="Write the heat maps to this PNG file.")] = None,
 ) -> None:
     """Measure this machine and say which drafts pay; the last line is one JSON object."""
-    import redrafter_mlx as rd
-    from redrafter_mlx import measure
-    from redrafter_mlx.cost import cost_table
+    from redrafter_mlx.auto import cost_table
     from redrafter_mlx.generation import encode
+    from redrafter_mlx.measure.compare import MT_BENCH, spread
+    from redrafter_mlx.measure.machine import machine
+    from redrafter_mlx.measure.predict import predict as predict_speed
+    from redrafter_mlx.measure.predict import wide_searches
     from redrafter_mlx.prompts import read_requests
 
     from .console import stderr
 
-    loaded = rd.load(model, drafter)
+    loaded = load_model(model, drafter)
     if loaded.drafter is None:
         raise ValueError(f"tune needs a drafter, and {loaded.target.name} has none: give --drafter")
     console = stderr()
     console.print("measuring what a verified row and a draft cost", style="dim")
-    table = cost_table(loaded.target, loaded.drafter, fresh=True)
-    requests = measure.spread(read_requests(prompts or measure.MT_BENCH), limit)
+    table = cost_table(loaded.target, loaded.drafter, fresh=True, on_measure=lambda: None)
+    requests = spread(read_requests(prompts or MT_BENCH), limit)
     tokens = [encode(loaded, request.prompt) for request in requests]
     console.print("decoding with a wide draft to see what is accepted", style="dim")
-    looks = measure.wide_searches(loaded, tokens, max_tokens)
-    predicted = measure.predict(table, looks, WIDTHS, LENGTHS, BUDGETS)
+    sample = wide_searches(loaded, tokens, max_tokens)
+    widths = [width for width in WIDTHS if width <= loaded.drafter.max_width]
+    lengths = [length for length in LENGTHS if length <= (loaded.drafter.max_length or length)]
+    predicted = predict_speed(table, sample, widths, lengths, BUDGETS)
     report: dict[str, Any] = {
-        **measure.machine(),
+        **machine(),
         "model": model,
+        "widths": widths,
+        "lengths": lengths,
         "rows_ms": {n: round(1000 * s, 3) for n, s in table.rows.items()},
         "draft_ms": {
-            f"{w}x{n}": round(1000 * table.draft_seconds(w, n), 3) for w in table.first_level for n in LENGTHS
+            f"{w}x{n}": round(1000 * table.draft_seconds(w, n), 3) for w in table.first_level for n in lengths
         },
         "predicted_by_shape": predicted.by_shape,
         "predicted_by_nodes": predicted.by_nodes,
-        "tokens_per_step": looks.tokens_per_step,
+        "tokens_per_step": sample.tokens_per_step,
     }
     if not predict:
-        report["measured_by_shape"] = _measured(loaded, tokens, max_tokens)
+        report["measured_by_shape"] = _measured(loaded, widths, lengths, tokens, max_tokens)
     report["advice"] = predicted.advice
     _print(report)
     if plot is not None:
@@ -75,25 +80,27 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
     print(json.dumps(report))
 
 
-def _measured(model: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:
+def _measured(
+    model: Any, widths: list[int], lengths: list[int], prompts: list[list[int]], max_tokens: int
+) -> dict[str, float]:
     """Median speed-up over plain decoding of every width x length, all interleaved prompt by prompt.
 
     Plain decoding, which all are held against, runs before every width, and the median of these runs counts.
     """
     from rich.progress import track
 
-    import redrafter_mlx as rd
-    from redrafter_mlx import measure
+    from redrafter_mlx import Sampling
+    from redrafter_mlx.measure.compare import compare, own_arm
 
     from .console import stderr
 
-    plain = [f"off {width}" for width in WIDTHS]
+    plain = [f"off {width}" for width in widths]
     arms = {}
-    for name, width in zip(plain, WIDTHS, strict=True):
-        arms[name] = measure.own_arm(model, "off", max_tokens, rd.Sampling())
-        for shape in (f"{width}x{length}" for length in LENGTHS):
-            arms[shape] = measure.own_arm(model, shape, max_tokens, rd.Sampling())
-    rounds = measure.compare(arms, prompts, ["all"] * len(prompts))
+    for name, width in zip(plain, widths, strict=True):
+        arms[name] = own_arm(model, "off", max_tokens, Sampling())
+        for shape in (f"{width}x{length}" for length in lengths):
+            arms[shape] = own_arm(model, shape, max_tokens, Sampling())
+    rounds = compare(arms, prompts, ["all"] * len(prompts))
     *_, result = track(rounds, total=len(prompts), description="every shape", console=stderr())
     speed = {name: [run.tokens_per_second for run in runs] for name, runs in result.runs.items()}
     base = [statistics.median(speed[name][index] for name in plain) for index in range(len(prompts))]
@@ -109,7 +116,7 @@ def _print(report: dict[str, Any]) -> None:
 
     from .console import stderr
 
-    console = stderr()
+    console, widths, lengths = stderr(), report["widths"], report["lengths"]
     rows = Table(title="one target forward over n rows")
     rows.add_column("n")
     rows.add_column("ms", justify="right")
@@ -125,10 +132,10 @@ def _print(report: dict[str, Any]) -> None:
         if key in report:
             grid = Table(title=title)
             grid.add_column("width")
-            for length in LENGTHS:
+            for length in lengths:
                 grid.add_column(f"L={length}", justify="right")
-            for width in WIDTHS:
-                grid.add_row(str(width), *(f"{report[key][f'{width}x{length}']:.2f}" for length in LENGTHS))
+            for width in widths:
+                grid.add_row(str(width), *(f"{report[key][f'{width}x{length}']:.2f}" for length in lengths))
             console.print(grid)
     console.print(report["advice"])
 
@@ -142,12 +149,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     from redrafter_mlx.files import new_file
 
+    widths, lengths = report["widths"], report["lengths"]
     key = "measured_by_shape" if "measured_by_shape" in report else "predicted_by_shape"
-    values = [[report[key][f"{w}x{length}"] for length in LENGTHS] for w in WIDTHS]
+    values = [[report[key][f"{w}x{length}"] for length in lengths] for w in widths]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     image = left.imshow(values, cmap="RdYlGn", vmin=0.5, vmax=1.5, aspect="auto")
-    left.set_xticks(range(len(LENGTHS)), [str(length) for length in LENGTHS])
-    left.set_yticks(range(len(WIDTHS)), [str(w) for w in WIDTHS])
+    left.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+    left.set_yticks(range(len(widths)), [str(w) for w in widths])
     left.set(xlabel="beam length (root counted)", ylabel="beam width", title=key.replace("_", " "))
     for y, row in enumerate(values):
         for x, value in enumerate(row):
@@ -157,7 +165,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     right.plot([int(n) for n in budgets], list(budgets.values()), marker="o")
     right.axhline(1.0, color="grey", linewidth=0.8)
     right.set(
-        xlabel="nodes verified, root included", ylabel="predicted speed-up", title="by node budget, 8x5"
+        xlabel="nodes verified, root included",
+        ylabel="predicted speed-up",
+        title=f"by node budget, {widths[-1]}x{lengths[-1]}",
     )
     figure.suptitle(f"{report['model']} on {report['chip']}")
     figure.tight_layout()

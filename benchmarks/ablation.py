@@ -79,7 +79,7 @@ def run(model: rd.Model, data: Path, out: Path, variant: Variant) -> dict[str, o
     seconds = time.perf_counter() - begun
     found = held_out(drafter, model.target.embed, corpus, Beam(1, 5), HELD_OUT_TOKENS)
     shutil.rmtree(out)
-    own = sum(a.size for _, a in tree_flatten(drafter.trainable_parameters()))
+    own = sum(a.size for _, a in tree_flatten(drafter.trainable_parameters()))  # type: ignore[str-unpack, union-attr]
     return {
         "positions": corpus.num_positions,
         "million_weights": round(own / 1e6, 2),

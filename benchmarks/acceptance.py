@@ -19,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from redrafter_mlx import measure
-from redrafter_mlx.decode import Stats
 from redrafter_mlx.files import new_file
 from redrafter_mlx.generation import Model, encode
+from redrafter_mlx.loading import default_model
+from redrafter_mlx.measure.compare import MT_BENCH, spread
+from redrafter_mlx.measure.machine import machine
 from redrafter_mlx.prompts import Request, read_requests
+from redrafter_mlx.stats import Stats
 from redrafter_mlx.train.generate import Row, Written, write
 from redrafter_mlx.train.replay import replayed
 from redrafter_mlx.tree import Beam
@@ -85,20 +87,20 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="file (.npz) to keep the answers in, or to take them from")
     parser.add_argument("--temperature", type=float, default=0.0)
     arguments = parser.parse_args()
-    model = rd.load(*([arguments.model] if arguments.model else []), drafter=arguments.drafter)
-    if model.drafter is None:
-        sys.exit("error: the model has no drafter: name its folder")
-    requests = measure.spread(read_requests(measure.MT_BENCH), arguments.limit)
+    model = rd.load(arguments.model or default_model.NAME, arguments.drafter)
+    drafter = model.drafter
+    if not isinstance(drafter, rd.RecurrentDrafter):
+        sys.exit("error: the model has no recurrent drafter: name its folder")
+    requests = spread(read_requests(MT_BENCH), arguments.limit)
     greedy, max_tokens = arguments.temperature == 0, arguments.max_tokens
     texts = _texts(model, requests, max_tokens, arguments.keep) if greedy else []
-    result: dict[str, object] = {**measure.machine(), "drafter": arguments.drafter or "shipped"}
+    result: dict[str, object] = {**machine(), "drafter": arguments.drafter or "shipped"}
     result |= {"max_tokens": max_tokens, "prompts": len(requests), "temperature": arguments.temperature}
     for name in arguments.beams:
         if greedy:
             beam = Beam.parse(name)
             found: Iterable[Stats] = (
-                replayed(model.drafter, model.target.embed, contexts, tokens, beam)
-                for contexts, tokens in texts
+                replayed(drafter, model.target.embed, contexts, tokens, beam) for contexts, tokens in texts
             )
         else:
             found = decoded(model, requests, name, max_tokens, arguments.temperature)

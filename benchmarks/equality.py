@@ -16,7 +16,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from redrafter_mlx import measure
+from redrafter_mlx.measure.compare import MT_BENCH, spread
+from redrafter_mlx.measure.machine import machine
 from redrafter_mlx.prompts import read_requests
 
 DRAFTS = ("off", "1x4", "3x4", "8x5@16", "auto")
@@ -60,7 +61,7 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
-        requests = measure.spread(read_requests(measure.MT_BENCH), arguments.limit)
+        requests = spread(read_requests(MT_BENCH), arguments.limit)
         prompts.write_text("".join(json.dumps({"prompt": request.prompt}) + "\n" for request in requests))
         pairs = [(name, draft) for name in SETTINGS for draft in DRAFTS]
         with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -72,7 +73,7 @@ def main() -> None:
 
             results = dict(zip(pairs, pool.map(one, pairs), strict=True))
     report: dict[str, object] = {
-        **measure.machine(),
+        **machine(),
         "prompts": arguments.limit,
         "max_tokens": arguments.max_tokens,
     }
@@ -83,8 +84,8 @@ def main() -> None:
             mine = [answer["token_ids"] for answer in results[name, draft]]
             wrong = sum(a != b for a, b in zip(plain, mine, strict=True))
             stats = [answer["stats"] for answer in results[name, draft]]
-            steps = sum(s["steps"] for s in stats)  # type: ignore[index, misc]
-            accepted = sum(s["accepted_tokens"] for s in stats)  # type: ignore[index, misc]
+            steps = sum(s["steps"] for s in stats)  # type: ignore[index]
+            accepted = sum(s["accepted_tokens"] for s in stats)  # type: ignore[index]
             report[f"{name}, {draft}"] = {
                 "differing": wrong,
                 "tokens_per_step": round(1 + accepted / steps, 4),

@@ -17,38 +17,39 @@ import sys
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import measure
-from redrafter_mlx.decode import Decoder
+from redrafter_mlx.decode import Text, decode, prefill
 from redrafter_mlx.generation import Model, encode, make_policy
+from redrafter_mlx.measure.machine import machine
+from redrafter_mlx.target.cache import KVCache
 from redrafter_mlx.tree import MAX_NODES
 
 STRETCH = 500
 PROMPT = "Tell me the whole history of the world, chapter by chapter, in as much detail as you can."
 
 
-def addresses(decoder: Decoder) -> list[int]:
+def addresses(cache: KVCache) -> list[int]:
     """Where the cache's buffers lie."""
-    arrays = decoder.cache.arrays()
+    arrays = cache.arrays()
     mx.eval(arrays)
     return [np.array(array, copy=False).__array_interface__["data"][0] for array in arrays]
 
 
 def peaks(model: Model, draft: str, count: int) -> dict[str, object]:
     """Of every stretch, the peak in bytes and the buffers moved."""
-    decoder = Decoder(
-        model.target, model.drafter, model.target.new_cache(), make_policy(model, draft), rd.Sampling()
-    )
-    prompt = encode(model, PROMPT)
-    decoder.cache.reserve(len(prompt) + count + MAX_NODES)
-    decoder.prefill(prompt)
-    peak, moved, done, before = [], [], 0, addresses(decoder)
+    prompt, cache = encode(model, PROMPT), model.target.new_cache()
+    cache.reserve(len(prompt) + count + MAX_NODES)
+    text = Text(model.target, model.drafter, cache, make_policy(model, draft), rd.Sampling(), prompt)
+    prefill(model.target, text, prompt)
+    peak: list[int] = []
+    moved: list[int] = []
+    done, before = 0, addresses(cache)
     mx.reset_peak_memory()
-    for tokens in decoder.steps():
+    for tokens in decode(model.target, text):
         done += len(tokens)
         if done < STRETCH * (len(peak) + 1):
             continue
         peak.append(mx.get_peak_memory())
-        now = addresses(decoder)
+        now = addresses(cache)
         moved.append(sum(a != b for a, b in zip(before, now, strict=True)))
         before = now
         mx.reset_peak_memory()
@@ -57,8 +58,8 @@ def peaks(model: Model, draft: str, count: int) -> dict[str, object]:
     return {
         "peak_bytes": peak,
         "buffers_moved": moved,
-        "tokens_per_step": round(decoder.stats.tokens_per_step, 3),
-        "cache_bytes": decoder.cache.nbytes,
+        "tokens_per_step": round(text.stats.tokens_per_step, 3),
+        "cache_bytes": cache.nbytes,
     }
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = rd.load()
     assert model.drafter is not None
-    report: dict[str, object] = {**measure.machine(), "tokens": arguments.tokens}
+    report: dict[str, object] = {**machine(), "tokens": arguments.tokens}
     report["drafter_bytes"] = model.drafter.nbytes
     for draft in arguments.drafts:
         report[draft] = found = peaks(model, draft, arguments.tokens)

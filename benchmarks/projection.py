@@ -13,9 +13,10 @@ import json
 import sys
 
 import redrafter_mlx as rd
-from redrafter_mlx import measure
-from redrafter_mlx.cost import CostTable
+from redrafter_mlx.auto.table import CostTable
 from redrafter_mlx.generation import encode
+from redrafter_mlx.measure.compare import MT_BENCH, spread
+from redrafter_mlx.measure.predict import predict, wide_searches
 from redrafter_mlx.prompts import read_requests
 
 # chip: plain, base, d, r, cliff (ms); drafter bytes as in Apple's runs, fp16
@@ -37,9 +38,9 @@ def table_of(plain: float, base: float, d: float, r: float, cliff: float, share:
 
 def main() -> None:
     model = rd.load()
-    requests = measure.spread(read_requests(measure.MT_BENCH), 16)
+    requests = spread(read_requests(MT_BENCH), 16)
     prompts = [encode(model, request.prompt) for request in requests]
-    looks = measure.wide_searches(model, prompts, 64)
+    looks = wide_searches(model, prompts, 64)
     out = {
         "projection": True,
         "acceptance_of": model.target.name,
@@ -47,7 +48,7 @@ def main() -> None:
     }
     for chip, fit in FITS.items():
         for name, share in (("fp16 drafter", 1.0), ("drafter at a tenth of its bytes", 0.1)):
-            found = measure.predict(table_of(*fit, share), looks, WIDTHS, LENGTHS, BUDGETS)
+            found = predict(table_of(*fit, share), looks, WIDTHS, LENGTHS, BUDGETS)
             out[f"{chip}, {name}"] = found.advice
             print(f"{chip:9} {name:32} {found.advice}", file=sys.stderr)
     print(json.dumps(out))

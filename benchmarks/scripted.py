@@ -16,19 +16,22 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import llama
 
-from redrafter_mlx import measure
-from redrafter_mlx.decode import Decoder, Draft
-from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter
-from redrafter_mlx.policy import Fixed, Off, Policy
+from redrafter_mlx.decode import Text, decode, prefill
+from redrafter_mlx.drafters.interface import Seen
+from redrafter_mlx.drafters.recurrent import DrafterConfig, RecurrentDrafter
+from redrafter_mlx.measure.machine import machine
+from redrafter_mlx.policy import Fixed, Off
 from redrafter_mlx.sampling import Sampling
+from redrafter_mlx.stats import Stats
 from redrafter_mlx.target import Target
 from redrafter_mlx.train.run import default_exit_dim
-from redrafter_mlx.tree import Beam, Levels
+from redrafter_mlx.tree import MAX_NODES, Beam, Candidates
 
 VOCAB = 32000
 PROMPT = list(range(1, 65))
@@ -49,44 +52,52 @@ def large_target(layers: int) -> Target:
     return Target(model, "random-llama", 2048)
 
 
-def random_drafter(target: Target) -> RecurrentDrafter:
+class ScriptedDrafter(RecurrentDrafter):
+    """Searches as ever, then offers the target's own tokens, known from a plain run, in place of what was found."""
+
+    def follow(self, truth: mx.array, wrong: mx.array) -> None:
+        """Take the script.
+
+        Args:
+            truth: (n,) int32, the whole text by absolute position.
+            wrong: (n, L-1) bool, whether the guess at this depth from a root at this position misses.
+        """
+        self._script = (truth, wrong)
+
+    def draft(self, seen: Seen, beam: Beam) -> Candidates:
+        found = super().draft(seen, beam)
+        truth, wrong = self._script
+        assert seen.position is not None
+        right = truth[seen.position + mx.arange(1, beam.length, dtype=mx.int32)]
+        tokens = mx.where(wrong[seen.position][: beam.length - 1], (right + 1) % VOCAB, right)
+        return replace(found, tokens=tokens + 0 * found.tokens)  # still waits for the search
+
+
+def random_drafter(target: Target) -> ScriptedDrafter:
     size = target.hidden_size
     config = DrafterConfig(
         VOCAB, size, default_exit_dim(size), 2, head="factored", draft_vocab_size=6144,
     )  # fmt: skip
-    drafter = RecurrentDrafter(config).bind(target).settle()
+    drafter = ScriptedDrafter(config)
     mx.eval(drafter.parameters())
+    drafter.eval()
+    drafter.attach(target)
     return drafter
 
 
-class ScriptedDecoder(Decoder):
-    """Searches as ever, then puts the target's own tokens, known from a plain run, in place of what was found."""
-
-    truth: mx.array
-    """(n,) int32, the whole text by absolute position"""
-    wrong: mx.array
-    """(n, L-1) bool: whether the guess at this depth from a root at this position misses"""
-
-    def _queue_draft(self, position: mx.array) -> None:
-        super()._queue_draft(position)
-        if self.draft is None:
-            return
-        levels = self.draft.levels
-        ahead = position + mx.arange(1, levels.length, dtype=mx.int32)
-        right = mx.where(self.wrong[position], (self.truth[ahead] + 1) % VOCAB, self.truth[ahead])
-        tokens = right[:, None] + 0 * levels.tokens  # still waits for the search
-        self.draft = Draft(self.draft.beam, Levels(tokens, levels.slots, levels.logprobs), None, None)
-
-
-def timed(decoder: Decoder, count: int) -> tuple[list[int], float]:
-    """Tokens after the prompt and the seconds of their decoding."""
-    decoder.cache.reserve(len(PROMPT) + count + 64)
-    decoder.wanted = count
-    tokens = [decoder.prefill(PROMPT)]
+def timed(
+    target: Target, drafter: ScriptedDrafter | None, beam: Beam | None, count: int
+) -> tuple[list[int], float, Stats]:
+    """Tokens after the prompt, the seconds of their decoding, and the figures."""
+    cache = target.new_cache()
+    cache.reserve(len(PROMPT) + count + MAX_NODES)
+    policy = Off() if beam is None else Fixed(beam)
+    text = Text(target, drafter, cache, policy, Sampling(), PROMPT, max_tokens=count + 1)
+    tokens = [prefill(target, text, PROMPT)]
     begun = time.perf_counter()
-    for step in decoder.steps():
-        tokens += step
-    return tokens, time.perf_counter() - begun
+    for gained in decode(target, text):
+        tokens += gained
+    return tokens, time.perf_counter() - begun, text.stats
 
 
 def main() -> None:
@@ -100,29 +111,19 @@ def main() -> None:
     target = large_target(arguments.layers)
     drafter = random_drafter(target)
 
-    def decoder(kind: type[Decoder], policy: Policy) -> Decoder:
-        return kind(target, drafter, target.new_cache(), policy, Sampling())
-
-    plain, _ = timed(decoder(Decoder, Off()), arguments.tokens + 16)
+    plain, _, _ = timed(target, None, None, arguments.tokens + 16)
     truth = mx.array([*PROMPT, *plain, *[0] * 16], dtype=mx.int32)
-    miss = np.random.default_rng(0).random((truth.size, 8)) > arguments.acceptance
+    drafter.follow(truth, mx.array(np.random.default_rng(0).random((truth.size, 8)) > arguments.acceptance))
     seconds: dict[str, list[float]] = {name: [] for name in ("off", *arguments.drafts)}
     stats, identical = {}, True
     for run in range(arguments.runs + 1):
         for name in seconds:
-            if name == "off":
-                tokens, taken = timed(decoder(Decoder, Off()), arguments.tokens)
-            else:
-                beam = Beam.parse(name)
-                own = decoder(ScriptedDecoder, Fixed(beam))
-                assert isinstance(own, ScriptedDecoder)
-                own.truth, own.wrong = truth, mx.array(miss[:, : beam.length - 1])
-                tokens, taken = timed(own, arguments.tokens)
-                stats[name] = own.stats
-            identical &= tokens[: arguments.tokens + 1] == plain[: arguments.tokens + 1]
+            beam = None if name == "off" else Beam.parse(name)
+            tokens, taken, stats[name] = timed(target, drafter, beam, arguments.tokens)
+            identical &= tokens == plain[: len(tokens)]
             if run:
                 seconds[name].append(taken / (len(tokens) - 1))
-    result: dict[str, object] = {**measure.machine(), "layers": arguments.layers, "identical": identical}
+    result: dict[str, object] = {**machine(), "layers": arguments.layers, "identical": identical}
     base = statistics.median(seconds["off"])
     result["plain_tokens_per_second"] = round(1 / base, 3)
     for name in arguments.drafts:

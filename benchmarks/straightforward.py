@@ -4,8 +4,8 @@ The port does what Apple's MLX code does (recurrent_drafting.py, tree_attention.
 of the root among them, cuts the logits to the 50 largest by partitioning the vocabulary (which on Metal is a sort;
 --sort sorts here too), and waits for the device after the draft, after the verification and after the acceptance. It is
 written here for this comparison, with our KV cache and the same weights on both sides. It runs twice: on mlx-lm's model
-and the drafter as MLX computes them, which is what a port would do, and on our own target and settled drafter, which on
-a CPU compute few rows faster. A shape WxL@N gives our side its N rows.
+and the drafter as MLX computes them, which is what a port would do, and on our own target and drafter, which on a CPU
+compute few rows faster. A shape WxL@N gives our side its N rows.
 Run: python -m benchmarks.straightforward --shapes 3x4 8x5@8. The last line is one JSON object.
 """
 
@@ -16,20 +16,20 @@ import redrafter_mlx as rd  # before mlx
 # isort: split
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models import activations, base, llama
 
-from redrafter_mlx import measure
-from redrafter_mlx.few_rows import Product
+from redrafter_mlx import kernels
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.generation import Model, encode
+from redrafter_mlx.measure.compare import MT_BENCH, Run, compare, own_arm, spread
+from redrafter_mlx.measure.machine import machine
 from redrafter_mlx.prompts import read_requests
-from redrafter_mlx.rope import TreeRope
 from redrafter_mlx.tree import Beam, TokenTree
 
 KEPT = 50
@@ -46,7 +46,7 @@ def warp(logits: mx.array, sorts: bool) -> mx.array:
 def draft(model: Model, hidden: mx.array, root: int, beam: Beam, sorts: bool) -> mx.array:
     """Beams (W, L), the root in column 0."""
     drafter, width = model.drafter, beam.width
-    assert drafter is not None
+    assert isinstance(drafter, RecurrentDrafter)
     ids = drafter.target_ids()
     beams = mx.full((width, 1), root, dtype=mx.int32)
     total = mx.array([0.0] + [-50000.0] * (width - 1))
@@ -67,32 +67,17 @@ def draft(model: Model, hidden: mx.array, root: int, beam: Beam, sorts: bool) ->
     return beams
 
 
-def stock_model() -> Model:
-    """The default model without anything of ours but what a tree needs."""
-    made = rd.load()
-    model, drafter = made.target.model, made.drafter
-    assert drafter is not None
-    for module in (*model.modules(), *drafter.modules()):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
-        if isinstance(module, TreeRope):
-            module._kind = b""  # no table: row by row
-    drafter.update(drafter.parameters())  # no longer settled
-    rows = Product(made.target.output_rows(drafter.target_ids()))
-    rows._most_rows = 0  # no tiles
-    drafter._rows = rows
-    return made
-
-
 @contextmanager
-def mlx_lms_own() -> Iterator[None]:
-    """mlx-lm's SwiGLU and attention, for a while."""
-    ours = llama.swiglu, llama.scaled_dot_product_attention
-    llama.swiglu, llama.scaled_dot_product_attention = activations.swiglu, base.scaled_dot_product_attention
+def mlx_alone() -> Iterator[None]:
+    """MLX's own operations, without this project's faster ones for a CPU, for what is loaded and run meanwhile."""
+    before = os.environ.get(kernels.SWITCH)
+    os.environ[kernels.SWITCH] = "off"
     try:
         yield
     finally:
-        llama.swiglu, llama.scaled_dot_product_attention = ours
+        os.environ.pop(kernels.SWITCH)
+        if before is not None:
+            os.environ[kernels.SWITCH] = before
 
 
 def rows_of(beams: mx.array) -> TokenTree:
@@ -104,12 +89,12 @@ def rows_of(beams: mx.array) -> TokenTree:
     return TokenTree(beams.reshape(-1), mx.where(depth == 0, rows, rows - 1), depth, mask, length - 1)
 
 
-def decode(model: Model, prompt: list[int], max_tokens: int, beam: Beam, sorts: bool) -> measure.Run:
+def decode(model: Model, prompt: list[int], max_tokens: int, beam: Beam, sorts: bool) -> Run:
     cache = model.target.new_cache()
     cache.reserve(len(prompt) + max_tokens + 64)
     begun = time.perf_counter()
     out = model.target.extend(mx.array(prompt, dtype=mx.int32), cache)
-    root, hidden = int(mx.argmax(out.logits[0])), out.hidden[0]
+    root, hidden = int(mx.argmax(out.logits[0])), out.contexts[0]
     mx.eval(hidden)
     started = time.perf_counter()
     tokens = [root]
@@ -117,7 +102,7 @@ def decode(model: Model, prompt: list[int], max_tokens: int, beam: Beam, sorts: 
         beams = draft(model, hidden, root, beam, sorts)
         verified = model.target.verify(rows_of(beams), cache)
         logits = warp(verified.logits, sorts)
-        mx.eval(logits, verified.hidden)
+        mx.eval(logits, verified.contexts)
         choice = mx.argmax(logits, axis=-1).reshape(beams.shape).astype(mx.int32)
         agrees = (beams[:, 1:] == choice[:, :-1]).astype(mx.int32)
         counts = mx.cumprod(agrees, axis=1).sum(axis=1)
@@ -126,11 +111,11 @@ def decode(model: Model, prompt: list[int], max_tokens: int, beam: Beam, sorts: 
         rows = [best * beam.length + depth for depth in range(accepted + 1)]
         cache.keep(rows)
         root = int(choice[best, accepted])
-        hidden = verified.hidden[rows[-1]]
-        tokens += [*beams[best, 1 : accepted + 1].tolist(), root]  # type: ignore[list-item, misc]
+        hidden = verified.contexts[rows[-1]]
+        tokens += [*beams[best, 1 : accepted + 1].tolist(), root]  # type: ignore[misc]
         if model.tokenizer is not None and set(tokens[-accepted - 1 :]) & model.tokenizer.eos_token_ids:
             break
-    return measure.Run(tokens[:max_tokens], started - begun, time.perf_counter() - started)
+    return Run(tokens[:max_tokens], started - begun, time.perf_counter() - started)
 
 
 def main() -> None:
@@ -140,11 +125,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["3x4", "4x4", "8x5"])
     parser.add_argument("--sort", action="store_true", help="the port sorts the vocabulary, as on Metal")
     arguments = parser.parse_args()
-    model, stock = rd.load(), stock_model()
-    requests = measure.spread(read_requests(measure.MT_BENCH), arguments.limit)
+    model = rd.load()
+    with mlx_alone():
+        stock = rd.load()
+    requests = spread(read_requests(MT_BENCH), arguments.limit)
     prompts = [encode(model, request.prompt) for request in requests]
     result: dict[str, object] = {
-        **measure.machine(),
+        **machine(),
         "prompts": len(prompts),
         "max_tokens": arguments.max_tokens,
         "port_sorts": arguments.sort,
@@ -152,19 +139,19 @@ def main() -> None:
     for shape in arguments.shapes:
         beam = Beam.parse(shape)
 
-        def port(prompt: list[int], beam: Beam = beam) -> measure.Run:
-            with mlx_lms_own():
+        def port(prompt: list[int], beam: Beam = beam) -> Run:
+            with mlx_alone():
                 return decode(stock, prompt, arguments.max_tokens, beam, arguments.sort)
 
-        def port_on_ours(prompt: list[int], beam: Beam = beam) -> measure.Run:
+        def port_on_ours(prompt: list[int], beam: Beam = beam) -> Run:
             return decode(model, prompt, arguments.max_tokens, beam, arguments.sort)
 
         arms = {
             "port": port,
             "port on our target": port_on_ours,
-            "ours": measure.own_arm(model, shape, arguments.max_tokens, rd.Sampling()),
+            "ours": own_arm(model, shape, arguments.max_tokens, rd.Sampling()),
         }
-        *_, compared = measure.compare(arms, prompts, ["all"] * len(prompts))
+        *_, compared = compare(arms, prompts, ["all"] * len(prompts))
         same = all(
             all(x == y for x, y in zip(a.token_ids, b.token_ids, strict=False))
             for name in ("port", "port on our target")

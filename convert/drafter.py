@@ -1,7 +1,7 @@
-"""Recurrent drafters: theirs to ours (`convert_drafter`) and ours to Apple's (`export_drafter`).
+"""Drafters: theirs to ours (`convert_drafter`) and recurrent ones of ours to Apple's (`export_drafter`).
 
-Sizes come from the tensors: configs of other tools lack the vocabulary or count the residual
-blocks wrongly.
+Of a recurrent drafter the sizes come from the tensors: configs of other tools lack the vocabulary or count
+the residual blocks wrongly. Speculators are read by `speculator`.
 
 Letters: H hidden size, X exit_dim, V vocabulary, N residual blocks (num_draft_layers).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
-from redrafter_mlx.drafter import (
-    MODEL_TYPE,
-    WEIGHTS,
-    DrafterConfig,
-    RecurrentDrafter,
-    full_head,
-    load_drafter,
-    save_drafter,
-    with_config,
-)
-from redrafter_mlx.files import read_json
+from redrafter_mlx.drafters.kinds import WEIGHTS, load_drafter, load_recurrent, save_drafter
+from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig, RecurrentDrafter, changed, full_head
+from redrafter_mlx.drafters.speculator import Speculator
+from redrafter_mlx.files import check_weights, named_weights, read_json
 from redrafter_mlx.loading import load
 from redrafter_mlx.target import Target
-from redrafter_mlx.weights import check
 
 from .names import SETTINGS, Named, translate
 from .source import (
@@ -45,6 +37,7 @@ from .source import (
     output_folder,
     read_weights,
 )
+from .speculator import build_speculator, is_speculator, read_speculator
 
 _NEVER = -1e4  # logit of a token outside a reduced vocabulary; fits float16, and exp(-1e4) is 0
 
@@ -79,7 +72,7 @@ def read_drafter(path: Path) -> DrafterSource:
         raise ValueError(
             f"{where} is not a recurrent drafter in a dialect known here: {len(named.unknown)} of "
             f"its tensors have names that no drafter has ({listed}). Known: Apple's, "
-            "TensorRT-LLM's, ModelOpt's (docs/converting.md)"
+            "TensorRT-LLM's, ModelOpt's, and speculators with their config (docs/converting.md)"
         )
     tensors = {ours: weights.tensors[theirs] for ours, theirs in named.ours.items()}
     sizes = _sizes(tensors, where)
@@ -102,7 +95,7 @@ def read_drafter(path: Path) -> DrafterSource:
     except ValueError as error:
         raise ValueError(f"{weights.folder / 'config.json'}: {error}") from None
     tensors.pop("emb_norm.weight", None)  # Apple's MLX port stores it and never applies it
-    check(RecurrentDrafter(config), tensors, where)  # type: ignore[arg-type]
+    check_weights(RecurrentDrafter(config), tensors, where)  # type: ignore[arg-type]
     _check_floating(tensors, where)
     if named.beside:
         notes.append(f"{len(named.beside)} tensors of the base model beside the drafter are left out")
@@ -190,32 +183,51 @@ def convert_drafter(source: str, out: Path, options: DrafterOptions, report: Rep
     """Write the drafter at `source` as a folder that `redrafter_mlx.load_drafter` loads.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_drafter`; or it does not fit the target. `out` is
-            left as it was.
+        FileNotFoundError, ValueError: see `read_drafter`, `read_speculator` and `build_speculator`; or it does
+            not fit the target. `out` is left as it was.
     """
     check_output(out, options.force)
-    found = read_drafter(locate(source, "drafter"))
-    report(f"{found.where}: {found.named.dialect} names, {found.container}")
-    for note in found.notes:
-        report(note)
-    drafter = with_config(RecurrentDrafter(found.config), activation=options.activation)
-    arrays = {name: as_array(tensor) for name, tensor in found.tensors.items()}
-    drafter.load_weights(list(_cast(arrays, dtype_of(options.dtype)).items()))
+    path = locate(source, "drafter")
+    if is_speculator(path):
+        drafter: RecurrentDrafter | Speculator = _speculator(path, options, report)
+    else:
+        drafter = _recurrent(path, options, report)
     if options.target is not None:
         target = _load_target(options.target)
-        drafter.bind(target)
-        drafter = with_config(
-            drafter,
-            embedding_scale=target.embedding_scale,
-            target={
-                "name": target.name,
-                "hidden_size": target.hidden_size,
-                "vocab_size": target.vocab_size,
-            },
-        )
+        drafter.attach(target)
+        made_for = {"name": target.name, "hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+        if isinstance(drafter, RecurrentDrafter):
+            drafter.config = changed(drafter.config, embedding_scale=target.embedding_scale, target=made_for)
+        else:
+            drafter.config = replace(drafter.config, target=made_for)
     with output_folder(out, options.force) as part:
         save_drafter(drafter, part)
         load_drafter(part)
+
+
+def _recurrent(path: Path, options: DrafterOptions, report: Report) -> RecurrentDrafter:
+    found = read_drafter(path)
+    report(f"{found.where}: {found.named.dialect} names, {found.container}")
+    for note in found.notes:
+        report(note)
+    drafter = RecurrentDrafter(changed(found.config, activation=options.activation))
+    arrays = {name: as_array(tensor) for name, tensor in found.tensors.items()}
+    drafter.load_weights(list(_cast(arrays, dtype_of(options.dtype)).items()))
+    return drafter
+
+
+def _speculator(path: Path, options: DrafterOptions, report: Report) -> Speculator:
+    if options.activation != "silu":
+        raise ValueError(
+            f"--activation {options.activation} is for recurrent drafters, and {path} is a speculator"
+        )
+    found = read_speculator(path)
+    report(f"{found.where}: {found.kind}, {found.container}")
+    for note in found.notes:
+        report(note)
+    drafter = build_speculator(found)
+    drafter.load_weights(list(_cast(named_weights(drafter), dtype_of(options.dtype)).items()))
+    return drafter
 
 
 def _load_target(name: str) -> Target:
@@ -245,7 +257,7 @@ def export_drafter(folder: str, out: Path, options: ExportOptions, report: Repor
         FileNotFoundError, ValueError: no drafter there, or one that Apple's format cannot express.
     """
     check_output(out, options.force)
-    drafter = load_drafter(locate(folder, "drafter"))
+    drafter = load_recurrent(locate(folder, "drafter"))
     config = drafter.config
     if config.context_layers:
         raise ValueError(
@@ -255,13 +267,14 @@ def export_drafter(folder: str, out: Path, options: ExportOptions, report: Repor
     if config.quantization:
         report("the weights are quantised: they are exported as rounded")
         dequantize_model(drafter)
-        drafter = with_config(drafter, quantization=None)
+        drafter.config = changed(config, quantization=None)
     if config.head == "factored":
         if options.target is None:
             raise ValueError(
                 f"--target is needed: {folder} has head 'factored' and reads the target's output rows"
             )
-        drafter = full_head(drafter.bind(_load_target(options.target)))
+        drafter.attach(_load_target(options.target))
+        drafter = full_head(drafter)
     if config.draft_vocab_size is not None:
         drafter = full_vocabulary(drafter)
         report(
@@ -279,7 +292,7 @@ def export_drafter(folder: str, out: Path, options: ExportOptions, report: Repor
     widest = next(iter(dtypes)) if len(dtypes) == 1 else mx.float32
     with output_folder(out, options.force) as part:
         _save_as_apple(drafter.config, _cast(arrays, dtype_of(options.dtype) or widest), part)
-        load_drafter(part)
+        load_recurrent(part)
 
 
 def _save_as_apple(config: DrafterConfig, arrays: dict[str, mx.array], part: Path) -> None:
@@ -326,7 +339,6 @@ def full_vocabulary(drafter: RecurrentDrafter) -> RecurrentDrafter:
     rows[:, size] = _NEVER
     rows[ids] = mx.pad(old[head], [(0, 0), (0, extra)])
     new[head] = rows
-    values = with_config(RecurrentDrafter(config), draft_vocab_size=None, exit_dim=size + extra).config
-    full = RecurrentDrafter(values)
+    full = RecurrentDrafter(changed(config, draft_vocab_size=None, exit_dim=size + extra))
     full.load_weights(list(new.items()))
     return full

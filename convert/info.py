@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from redrafter_mlx.drafter import MODEL_TYPE, DrafterConfig
+from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig
+from redrafter_mlx.drafters.speculator import SpeculatorConfig
 from redrafter_mlx.files import read_json
-from redrafter_mlx.gguf import read_header
+from redrafter_mlx.loading.gguf import read_header
 
 from .drafter import DrafterSource, read_drafter
 from .names import translate
 from .source import Tensor, dtype_name, locate, read_weights
+from .speculator import SpeculatorSource, is_ours, is_speculator, read_speculator
 
 
 def describe(source: str) -> dict[str, str]:
@@ -31,6 +33,10 @@ def describe(source: str) -> dict[str, str]:
         config = read_json(folder / "config.json")
     if config.get("model_type") == MODEL_TYPE and "head" in config:
         return _ours(folder)
+    if is_ours(config):
+        return _our_speculator(folder)
+    if is_speculator(path):
+        return _speculator(read_speculator(path))
     weights = read_weights(path)
     named = translate(sorted(weights.tensors))
     if not named.unknown:
@@ -91,6 +97,43 @@ def _ours(folder: Path) -> dict[str, str]:
         "drafted vocabulary": str(config.draft_vocab),
         "quantization": json.dumps(config.quantization),
         "made for": str(config.target.get("name", "not recorded")),
+        "values": _count(weights.tensors.values()),
+    }
+    return lines | ({"unknown keys": ", ".join(unknown)} if unknown else {})
+
+
+def _speculator_sizes(config: SpeculatorConfig) -> dict[str, str]:
+    return {
+        "hidden size": str(config.hidden_size),
+        "inner size": str(config.inner_size),
+        "vocabulary": str(config.vocab_size),
+        "method": config.method,
+        "drafts": f"up to {config.n_predict} tokens: beam length {config.n_predict + 1}, the root counted",
+        "stages share weights": "yes" if config.tie_weights else "no",
+        "normalizes its input": "yes" if config.scale_input else "no",
+        "made for": str(config.target.get("name", "not recorded")),
+    }
+
+
+def _speculator(found: SpeculatorSource) -> dict[str, str]:
+    lines = {
+        "kind": found.kind,
+        "files": found.container,
+        **_speculator_sizes(found.config),
+        "values": _count(found.tensors.values()),
+    }
+    return lines | {f"note {number}": note for number, note in enumerate(found.notes, 1)}
+
+
+def _our_speculator(folder: Path) -> dict[str, str]:
+    where = folder / "config.json"
+    config, unknown = SpeculatorConfig.from_dict(read_json(where), str(where))
+    weights = read_weights(folder)
+    lines = {
+        "kind": "speculator of redrafter-mlx; loads as it is",
+        "files": weights.container,
+        **_speculator_sizes(config),
+        "quantization": json.dumps(config.quantization),
         "values": _count(weights.tensors.values()),
     }
     return lines | ({"unknown keys": ", ".join(unknown)} if unknown else {})

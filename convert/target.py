@@ -24,9 +24,9 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_config, save_model
 
-from redrafter_mlx import default_model
 from redrafter_mlx.files import read_json, read_safetensors
-from redrafter_mlx.gguf import load_gguf
+from redrafter_mlx.loading import default_model
+from redrafter_mlx.loading.gguf import load_gguf
 
 from .source import (
     Report,

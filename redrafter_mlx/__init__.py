@@ -9,33 +9,42 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import blas
-
-BLAS = blas.take_over()  # before anything imports mlx.core
+try:
+    from .cpu import blas
+except ImportError:  # the package works without that folder
+    pass
+else:
+    blas.preload()  # before anything imports mlx.core
 
 if TYPE_CHECKING:
-    from .drafter import DrafterConfig as DrafterConfig
-    from .drafter import RecurrentDrafter as RecurrentDrafter
-    from .drafter import load_drafter as load_drafter
-    from .drafter import save_drafter as save_drafter
+    from .drafters.kinds import load_drafter as load_drafter
+    from .drafters.kinds import save_drafter as save_drafter
+    from .drafters.recurrent import DrafterConfig as DrafterConfig
+    from .drafters.recurrent import RecurrentDrafter as RecurrentDrafter
     from .generation import Chunk as Chunk
     from .generation import Model as Model
     from .generation import PromptCache as PromptCache
     from .generation import generate as generate
     from .generation import stream_generate as stream_generate
-    from .loading import load as load
+    from .loading.load import load as load
     from .sampling import Sampling as Sampling
+    from .stats import Stats as Stats
     from .tree import Beam as Beam
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "DrafterConfig": "drafter", "RecurrentDrafter": "drafter", "load_drafter": "drafter",
-    "save_drafter": "drafter", "Chunk": "generation", "Model": "generation", "PromptCache": "generation",
-    "generate": "generation", "stream_generate": "generation", "load": "loading", "Sampling": "sampling",
+    "DrafterConfig": "drafters.recurrent", "RecurrentDrafter": "drafters.recurrent",
+    "load_drafter": "drafters.kinds", "save_drafter": "drafters.kinds", "Chunk": "generation",
+    "Model": "generation", "PromptCache": "generation", "generate": "generation",
+    "stream_generate": "generation", "load": "loading.load", "Sampling": "sampling", "Stats": "stats",
     "Beam": "tree",
 }  # fmt: skip
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

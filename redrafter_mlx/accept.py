@@ -1,8 +1,9 @@
 """The one acceptance rule, for greedy decoding and sampling alike.
 
 The target has drawn its own token after every node. A node is accepted when it equals the token drawn at
-its accepted parent. At most one child of a node can be, so the accepted nodes are one path; the token drawn
-at its end is the next token. No drafter probabilities are involved (docs/algorithm.md, "Exactness").
+its accepted parent. The accepted nodes are one path; the token drawn at its end is the next token. No drafter
+probabilities are involved (docs/algorithm.md, "Exactness"), and nothing is assumed about the tree: where siblings
+carry the same token, the first of them is taken.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class Acceptance:
     """() int32: the node the path ends at"""
     next_token: mx.array
     """() int32: the target's own token after the path, root of the next step"""
-    packed: mx.array
-    """(2 + 2L,) int32: num_accepted, next_token, path padded with -1, its tokens"""
+    summary: mx.array
+    """(2 + 2L,) int32: num_accepted, next_token, path, its tokens; entries past the path mean nothing"""
 
     def read(self) -> tuple[list[int], list[int]]:
-        """The one host synchronisation of a step: nodes of the path from the root; tokens to emit."""
-        values = cast(list[int], self.packed.tolist())
+        """The one host synchronization of a step: nodes of the path from the root; tokens to emit."""
+        values = cast(list[int], self.summary.tolist())
         count, height = values[0] + 1, (len(values) - 2) // 2
         path = values[2 : 2 + count]
         tokens = values[2 + height : 2 + height + count]
@@ -53,15 +54,19 @@ def _walk(
     tokens: mx.array, parents: mx.array, depth: mx.array, choice: mx.array, height: int
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     choice = choice.astype(mx.int32)
-    agrees = tokens == choice[parents]
-    accepted = depth == 0
-    for level in range(1, height + 1):
-        accepted = accepted | ((depth == level) & agrees & accepted[parents])
-    num_accepted = accepted.astype(mx.int32).sum() - 1
-    levels = mx.arange(height + 1, dtype=mx.int32)
-    on_level = accepted & (depth == levels[:, None])  # (L, N), at most one True in a row
-    path = mx.argmax(on_level, axis=1).astype(mx.int32)
-    last = path[num_accepted]
+    agrees = (tokens == choice[parents]) & (depth > 0)
+    node = mx.zeros((1,), dtype=mx.int32)  # where the path has got to
+    is_on = mx.ones((1,), dtype=mx.bool_)
+    path, reached = [node], []
+    for _ in range(height):
+        children = (parents == node) & agrees
+        is_on = is_on & mx.any(children)
+        node = mx.argmax(children, keepdims=True).astype(mx.int32)  # the first of them
+        path.append(node)
+        reached.append(is_on)
+    walked = mx.concatenate(path)  # (L,)
+    num_accepted = mx.concatenate(reached).sum().astype(mx.int32) if reached else mx.array(0, dtype=mx.int32)
+    last = walked[num_accepted]
     next_token = choice[last]
     head = mx.stack([num_accepted, next_token])
-    return num_accepted, last, next_token, mx.concatenate([head, path, tokens[path]])
+    return num_accepted, last, next_token, mx.concatenate([head, walked, tokens[walked]])

@@ -1,16 +1,13 @@
-"""The data path: prefill, decode steps, streaming.
+"""The data path: `step`, and `Text`, the state of one text between two steps.
 
-One step, everything between two synchronisations being one lazy graph:
+    tree     the best N nodes of what was drafted, node 0 the root
+    verify   one target forward over all N rows
+    accept   the target's own token after every node, and the path on which tree and target agree; the draft of the
+             next step is queued from the path's last context before the host looks
+    commit   the one synchronization: path and next token are read, the path is kept in the KV cache
 
-    verify   one target forward over the tree's N rows
-    choose   the target's own token after every node
-    accept   the path on which tree and target agree
-    draft    the beam search for the next step, from the path's last hidden state, queued before the host looks
-    read     the one synchronisation: path and next token; the draft goes on while the host builds the next step
-    keep     commit the path in the KV cache
-
-Plain decoding is the same with a tree of one node; its path is known in advance, so it runs a step
-ahead.
+Everything between two synchronizations is one lazy graph. Plain decoding is the same with a tree of the root alone; its
+path is known in advance, so it runs a step ahead of what the host reads.
 
 Letters: N nodes, L beam length counting the root, C context size, V vocabulary.
 """
@@ -19,299 +16,238 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
 
 from .accept import Acceptance, accept
-from .cache import KVCache
-from .drafter import RecurrentDrafter
-from .policy import Policy
-from .sampling import PositionNoise, Sampling, TokenCounts, choose, penalised
-from .search import search
+from .drafters.interface import Drafter, Seen
+from .policy import Outcome, Policy
+from .sampling import Sampler, Sampling
+from .stats import Stats
 from .target import Target, Verified
-from .tree import Beam, Levels, TokenTree, ancestor_mask, build, chain, survivors
+from .target.cache import KVCache
+from .tree import Beam, Candidates, TokenTree, build, chain
 
 PREFILL_BLOCK = 2048  # prompt tokens per forward
 SHORT_PROMPT = 32  # up to here one forward is cheaper than two
 
 
-@dataclass(slots=True)
-class Stats:
-    """What a generation did. Times are in seconds, memory in bytes."""
+def step(target: Target, texts: Sequence[Text]) -> list[list[int]]:
+    """One decode step of every text: the tokens each has gained."""
+    trees = [text.tree() for text in texts]
+    verified = target.verify_all(trees, [text.cache for text in texts])
+    for text, rows in zip(texts, verified, strict=True):
+        text.accept(rows)
+    return [text.commit() for text in texts]
 
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    """of the prompt, found in the KV cache"""
-    generated_tokens: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    steps: int = 0
-    """target forwards after the prefill"""
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    accepted_by_depth: list[int] = field(default_factory=list)
-    """entry d: steps in which at least d+1 draft tokens were accepted"""
-    syncs: int = 0
-    """times the host waited for the device after the prefill"""
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    seed: int | None = None
-    finish_reason: str | None = None
-    """"stop" or "length"; None while running"""
 
-    @property
-    def tokens_per_step(self) -> float:
-        """Acceptance length: tokens a step yields, the next token included."""
-        return 1 + self.accepted_tokens / self.steps if self.steps else 0.0
+def decode(target: Target, text: Text) -> Iterator[list[int]]:
+    """The tokens of each step, accepted draft tokens first, then the target's next one, to the text's end."""
+    while text.needs_step:
+        yield step(target, [text])[0]
+    yield text.flush()
 
-    @property
-    def acceptance(self) -> tuple[float, ...]:
-        """Share of steps in which at least 1, 2, ... draft tokens were accepted."""
-        return tuple(count / self.steps for count in self.accepted_by_depth)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding alone; the first token belongs to the prefill."""
-        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-    def observe(self, nodes: int, num_accepted: int) -> None:
-        self.steps += 1
-        self.drafted_tokens += nodes - 1
-        self.accepted_tokens += num_accepted
-        self.accepted_by_depth += [0] * (num_accepted - len(self.accepted_by_depth))
-        for depth in range(num_accepted):
-            self.accepted_by_depth[depth] += 1
-
-    def add(self, other: Stats) -> None:
-        """Count the steps of another generation too."""
-        for name in (
-            "steps",
-            "drafted_tokens",
-            "accepted_tokens",
-            "syncs",
-            "prefill_seconds",
-            "decode_seconds",
-        ):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        both = zip_longest(self.accepted_by_depth, other.accepted_by_depth, fillvalue=0)
-        self.accepted_by_depth = [mine + theirs for mine, theirs in both]
-        self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
-
-    def to_dict(self) -> dict[str, object]:
-        values: dict[str, object] = {name: getattr(self, name) for name in self.__slots__}
-        values["tokens_per_step"] = round(self.tokens_per_step, 4)
-        values["tokens_per_second"] = round(self.tokens_per_second, 3)
-        return values
+def prefill(target: Target, text: Text, prompt: Sequence[int], block: int = PREFILL_BLOCK) -> int:
+    """Process what the cache does not hold of the prompt, in blocks; returns the first token the target chose."""
+    tokens = mx.array(list(prompt), dtype=mx.int32)
+    # The head would run over every row of a forward whose logits are asked for, so a long prompt's last token goes
+    # alone, as in mlx-lm.
+    body = len(prompt) - 1 if len(prompt) > SHORT_PROMPT else 0
+    for start in range(0, body, block):
+        target.extend(tokens[start : min(start + block, body)], text.cache)
+        mx.eval(text.cache.arrays())
+        mx.clear_cache()
+    text.begin(target.extend(tokens[body:], text.cache))
+    first = text.root
+    if not text.is_drafting and text.needs_step:  # a plain step runs while the host looks at the first token
+        text.accept(target.verify(text.tree(), text.cache))
+    return int(first)
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A queued beam search and what it was made from."""
+class _Draft:
+    """A queued draft."""
 
     beam: Beam
-    levels: Levels
+    candidates: Candidates
     noise: mx.array | None
     """(L, V) Gumbel noise of the positions after the root"""
-    alive: mx.array | None
-    """(L-1, W) bool: on a surviving beam; None where the number of rows to verify is settled beforehand"""
+    num_offered: mx.array | None
+    """() int32: rows to verify but the root; None where that was decided beforehand"""
 
 
-class Decoder:
+class Text:
     """One text being decoded.
 
-    Carried from step to step: the KV cache, `root` (chosen by the target, not yet processed),
-    `hidden` (the context of the last committed token) and the queued draft.
+    Args:
+        drafter: None decodes plainly, whatever the policy says.
+        cache: holds `prompt` but for what `prefill` will be given.
+        prompt: all tokens before the first one that is chosen.
+        max_tokens: the text ends after so many; None: never.
+        ends: tokens that end the text, also within an accepted path.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (two by keyword)
         self,
         target: Target,
-        drafter: RecurrentDrafter | None,
+        drafter: Drafter | None,
         cache: KVCache,
         policy: Policy,
         sampling: Sampling,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        ends: frozenset[int] = frozenset(),
     ) -> None:
-        self.target, self.drafter, self.cache = target, drafter, cache
-        self.policy, self.sampling = policy, sampling.seeded()
-        self.stats = Stats(seed=self.sampling.seed)
-        self.counts: TokenCounts | None = None
-        self.noise: PositionNoise | None = None
-        if not self.sampling.is_greedy:
-            assert self.sampling.seed is not None
-            self.noise = PositionNoise(self.sampling.seed, target.vocab_size)
+        self.cache, self.policy = cache, policy
+        self.sampler = Sampler(sampling, target.vocab_size, prompt)
+        self.stats = Stats(seed=self.sampler.sampling.seed)
         self.root = mx.array(0)
-        self.hidden = mx.zeros((0,))
-        self.draft: Draft | None = None
-        self._height = 1  # tokens the step under way can emit
-        self.ahead: mx.array | None = None  # token of a plain step that was launched and not yet read
-        # tokens still wanted after the first; no plain step is launched for more
-        self.wanted = float("inf")
+        """() int32: chosen by the target, not yet processed"""
+        self.context = mx.zeros((0,))
+        """(C,) of the last committed token"""
+        self.num_accepted = 0
+        """draft tokens among those of the last step"""
+        self._drafter = None if drafter is None else drafter.start(prompt)
+        self._ends = ends
+        self._remaining = float("inf") if max_tokens is None else max_tokens - 1  # after the first
+        self._draft: _Draft | None = None  # for the next step
+        self._tree = chain(mx.zeros((1,), dtype=mx.int32))  # of the step under way
+        self._drafted: _Draft | None = None  # what that tree was built from
+        self._found: Acceptance | None = None
+        self._unread: list[mx.array] = []  # tokens (1,) of plain steps that the host has not read
+        self._begun = 0.0
 
-    def prefill(self, tokens: Sequence[int], history: Sequence[int] = ()) -> int:
-        """Process the prompt in blocks and choose the first token. `history`: what the cache holds
-        already.
-        """
-        if self.sampling.has_penalties:
-            self.counts = TokenCounts.of([*history, *tokens], self.target.vocab_size)
-        prompt = mx.array(list(tokens), dtype=mx.int32)
-        # The head would run over every row of a forward whose logits are asked for, so a long prompt's last
-        # token goes alone, as in mlx-lm.
-        body = len(tokens) - 1 if len(tokens) > SHORT_PROMPT else 0
-        for start in range(0, body, PREFILL_BLOCK):
-            self.target.extend(prompt[start : min(start + PREFILL_BLOCK, body)], self.cache)
-            mx.eval(self.cache.arrays())
-        out = self.target.extend(prompt[body:], self.cache)
-        position = mx.array([self.cache.length], dtype=mx.int32)
-        noise = self._noise_at(position, self.cache.length, 1)
-        logits = out.logits
-        if self.counts is not None:
-            none = mx.zeros((1, 1), dtype=mx.bool_)
-            logits = penalised(logits, self.sampling, self.counts, mx.zeros((1,), mx.int32), none)
-        self.root, self.hidden = choose(logits, self.sampling, noise)[0], out.hidden[0]
-        first = self.root
-        self._queue_draft(position[0])
-        if self.draft is None and self.wanted > 0:
-            self.ahead = self._launch_plain()  # runs while the host looks at the first token
-        return int(first)
+    @property
+    def needs_step(self) -> bool:
+        """False once all tokens that are wanted have been read, or will be by `flush`."""
+        return self._remaining > len(self._unread)
 
-    def steps(self) -> Iterator[list[int]]:
-        """The tokens of each step, accepted draft tokens first, then the target's next one; until there are
-        as many as `wanted`, or for ever.
-        """
-        while self.wanted > 0:
-            if self.draft is None:
-                yield from self._plain_steps()
-            else:
-                yield self._step(self.draft)
+    @property
+    def is_drafting(self) -> bool:
+        """True where a draft is queued for the next step."""
+        return self._draft is not None
 
-    def _step(self, draft: Draft) -> list[int]:
-        begun = time.perf_counter()
-        tree = self._tree(draft)
-        verified = self._verify(tree)
-        found = self._accept(tree, verified, draft)
-        mx.async_eval(found.packed)  # apart from the draft, so that the host need not wait for that too
-        self.root, self.hidden = found.next_token, verified.hidden[found.last]
-        self._queue_draft(found.num_accepted + (self.cache.length + 1))
-        path, tokens = self._read(found)
-        self._keep(path)
-        if self.counts is not None:
-            self.counts.add(tree.tokens[mx.array(path)])
-        self._note(draft, tree.num_nodes, tokens, begun)
-        return tokens
+    @property
+    def draft_output(self) -> list[mx.array]:
+        """What to evaluate to have the queued draft computed."""
+        return [] if self._draft is None else [self._draft.candidates.tokens, self._draft.candidates.logprobs]
 
-    def _plain_steps(self) -> Iterator[list[int]]:
-        """Steps of one node. The next is launched before the last one's token is read: nothing
-        depends on it.
-        """
-        while self.draft is None:
-            begun = time.perf_counter()
-            if self.ahead is not None and self.wanted == 1:
-                yield self._read_plain(self.ahead, begun)
-                return
-            token = self._launch_plain()
-            if self.ahead is not None:
-                yield self._read_plain(self.ahead, begun)
-            self.ahead = token
-            self._queue_draft(mx.array(self.cache.length, dtype=mx.int32))
-        if self.ahead is not None:
-            token, self.ahead = self.ahead, None
-            yield self._read_plain(token, time.perf_counter())
+    @property
+    def output(self) -> list[mx.array]:
+        """What `commit` will read of the step under way."""
+        return self._unread[-1:] if self._found is None else [self._found.summary]
 
-    def _launch_plain(self) -> mx.array:
-        """Queue one plain step and commit its node; returns its token (1,), unread."""
-        tree = self.root_tree()
-        verified = self._verify(tree)
+    def begin(self, verified: Verified) -> None:
+        """Choose the first token from the prompt's last row (1, ...) and queue a draft."""
+        position = self.cache.length
+        noise = self.sampler.noise(mx.array([position], dtype=mx.int32), position, 1)
+        self.root, self.context = self.sampler.first(verified.logits, noise)[0], verified.contexts[0]
+        self.queue_draft(mx.array(position, dtype=mx.int32), position)
+
+    def tree(self) -> TokenTree:
+        """The nodes to verify in this step: the best of the queued draft, or the root alone."""
+        self._begun, draft = time.perf_counter(), self._draft
+        self._drafted, self._draft, self._found = draft, None, None
+        if draft is None:
+            self._tree = chain(self.root.reshape(1))
+        else:
+            most = draft.candidates.num_candidates + 1
+            nodes = min(draft.beam.nodes or most, most)
+            if draft.num_offered is not None:
+                nodes = 1 + cast(int, draft.num_offered.item())  # known since the last synchronization
+            self._tree = build(draft.candidates, self.root, nodes)
+        return self._tree
+
+    def accept(self, verified: Verified) -> None:
+        """Choose the target's tokens, find the path, and queue the draft of the next step."""
+        if self._drafted is None:
+            position = self.cache.length + 1
+            noise = self.sampler.noise(mx.array([position], dtype=mx.int32), position, 1)
+            token = self.sampler.choose(verified.logits, self._tree, noise)
+            self.sampler.commit(self._tree.tokens)
+            self.cache.commit(1)
+            self.root, self.context = token[0], verified.contexts[0]
+            mx.async_eval(token)
+            self._unread.append(token)
+            self.queue_draft(mx.array(position, dtype=mx.int32), position)
+            return
+        choice = self.sampler.choose(verified.logits, self._tree, self._drafted.noise)
+        found = self._found = accept(self._tree, choice)
+        mx.async_eval(found.summary)  # apart from the draft, so that the host need not wait for that too
+        self.root, self.context = found.next_token, verified.contexts[found.last]
         position = self.cache.length + 1
-        noise = self._noise_at(mx.array([position], dtype=mx.int32), position, 1)
-        token = self._choose(verified.logits, tree, noise)
-        if self.counts is not None:
-            self.counts.add(tree.tokens)
-        self.cache.commit(1)
-        self.root, self.hidden = token[0], verified.hidden[0]
-        mx.async_eval(token)
-        return token
+        self.queue_draft(found.num_accepted + position, position, self._tree.height)
 
-    def root_tree(self) -> TokenTree:
-        """The tree of the root alone: plain decoding's."""
-        return chain(self.root.reshape(1))
-
-    def _verify(self, tree: TokenTree) -> Verified:
-        return self.target.verify(tree, self.cache)
-
-    def _accept(self, tree: TokenTree, verified: Verified, draft: Draft) -> Acceptance:
-        return accept(tree, self._choose(verified.logits, tree, draft.noise))
-
-    def _keep(self, path: list[int]) -> None:
-        self.cache.keep(path)
-
-    def _read_plain(self, token: mx.array, begun: float) -> list[int]:
-        self.stats.syncs += 1
-        # an operation on it, token[0], would queue behind the step just launched
-        tokens = [cast(int, token.item())]
-        self._note(None, 1, tokens, begun)
-        return tokens
-
-    def _note(self, draft: Draft | None, nodes: int, tokens: list[int], begun: float) -> None:
-        self.wanted -= len(tokens)
-        self.stats.observe(nodes, len(tokens) - 1)
-        beam, levels = (draft.beam, draft.levels) if draft is not None else (None, None)
-        self.policy.observe(beam, levels, len(tokens) - 1, time.perf_counter() - begun)
-
-    def _noise_at(self, positions: mx.array, low: int, count: int) -> mx.array | None:
-        """Noise rows of positions (L,), which lie in low ... low + count - 1; None when greedy."""
-        return None if self.noise is None else self.noise.at(positions, low, low + count)
-
-    def _queue_draft(self, position: mx.array) -> None:
-        """Queue the search for what follows `root`, which stands at `position` () int32."""
+    def queue_draft(self, position: mx.array, low: int, slack: int = 0) -> None:
+        """Queue the draft of what follows `root`, which stands at `position` () int32, low ... low + slack."""
         beam = self.policy.shape()
-        if beam is None or self.drafter is None:
-            self.draft = None
+        if beam is None or self._drafter is None:
+            self._draft = None
             return
         ahead = position + mx.arange(1, beam.length + 1, dtype=mx.int32)
-        # the root stands at most a whole draft behind the committed positions the host knows of
-        noise = self._noise_at(ahead, self.cache.length + 1, self._height + beam.length)
-        drafter_noise = None
-        if noise is not None:
-            ids = self.drafter.target_ids()
-            rows = noise[:-1] if ids is None else mx.take(noise[:-1], ids, axis=1)
-            drafter_noise = rows * self.sampling.temperature
-        levels = search(
-            self.drafter, self.hidden, self.root, self.target.embed,
-            width=beam.width, length=beam.length, noise=drafter_noise,
-        )  # fmt: skip
-        is_open = beam.nodes is None and beam.width > 1
-        self.draft = Draft(beam, levels, noise, survivors(levels) if is_open else None)
-        self._height = beam.length
+        noise = self.sampler.noise(ahead, low, slack + beam.length + 1)
+        temperature = self.sampler.sampling.temperature
+        shared = None if noise is None else noise[:-1] * temperature
+        seen = Seen(self.context, self.root, shared, position)
+        candidates = self._drafter.draft(seen, beam)
+        is_open = beam.nodes is None and not candidates.is_chain
+        self._draft = _Draft(beam, candidates, noise, candidates.num_offered() if is_open else None)
 
-    def _read(self, found: Acceptance) -> tuple[list[int], list[int]]:
-        """Wait for the device, once: for what was accepted and, where that decides how many rows to verify,
-        for the next draft. Otherwise the draft goes on while the host builds what follows.
-        """
-        queued = self.draft
+    def commit(self) -> list[int]:
+        """Read what the step has brought and keep it; the one wait of a step."""
+        if self._drafted is None:
+            count = len(self._unread) - (0 if self.is_drafting else 1)
+            return [token for _ in range(count) for token in self._read_plain()]
+        assert self._found is not None
+        queued = self._draft
         if queued is not None:
-            mx.async_eval(queued.levels.tokens, queued.levels.logprobs)
-            if queued.alive is not None:
-                mx.eval(found.packed, queued.alive)
+            mx.async_eval(self.draft_output)
+            if queued.num_offered is not None:
+                mx.eval(self._found.summary, queued.num_offered)
         self.stats.syncs += 1
-        return found.read()
+        path, tokens = self._found.read()
+        self.keep(path)
+        beam, candidates = self._drafted.beam, self._drafted.candidates
+        return self._note(Outcome(beam, candidates, len(path) - 1, self._elapsed()), tokens)
 
-    def _tree(self, draft: Draft) -> TokenTree:
-        """The nodes worth verifying of a queued draft."""
-        levels, alive = draft.levels, draft.alive
-        if alive is None:
-            return build(levels, self.root, draft.beam.nodes or draft.beam.length)
-        # only what lies on a surviving beam
-        levels = Levels(levels.tokens, levels.slots, mx.where(alive, levels.logprobs, -1e30))
-        return build(levels, self.root, 1 + int(alive.sum()))
+    def keep(self, path: list[int]) -> None:
+        """Commit the nodes of `path`, root first, in the KV cache and in the counts of the penalties."""
+        self.cache.keep(path)
+        self.sampler.commit(self._tree.tokens[mx.array(path)])
 
-    def _choose(self, logits: mx.array, tree: TokenTree, noise: mx.array | None) -> mx.array:
-        """The target's own token after every node. noise (L, V): row d belongs to the nodes of
-        depth d.
-        """
-        if self.counts is not None:
-            mask = ancestor_mask(tree.parents, tree.height) if tree.mask is None else tree.mask
-            logits = penalised(logits, self.sampling, self.counts, tree.tokens, mask)
-        return choose(logits, self.sampling, None if noise is None else noise[tree.depth])
+    def flush(self) -> list[int]:
+        """The tokens of plain steps that were launched and not read yet."""
+        self._begun = time.perf_counter()
+        return [token for _ in range(len(self._unread)) if self._remaining for token in self._read_plain()]
+
+    def _read_plain(self) -> list[int]:
+        self.stats.syncs += 1
+        # an operation on it, token[0], would queue behind the step just launched
+        token = cast(int, self._unread.pop(0).item())
+        return self._note(Outcome(None, None, 0, self._elapsed()), [token])
+
+    def _elapsed(self) -> float:
+        """Seconds since the step began, or since this was asked before."""
+        now = time.perf_counter()
+        seconds, self._begun = now - self._begun, now
+        return seconds
+
+    def _note(self, outcome: Outcome, tokens: list[int]) -> list[int]:
+        """Record a step; returns those of its tokens that the text takes."""
+        nodes = 1 if outcome.beam is None else self._tree.num_nodes
+        self.num_accepted = outcome.num_accepted
+        end = next((index + 1 for index, token in enumerate(tokens) if token in self._ends), None)
+        if end is not None:
+            tokens = tokens[:end]
+            self._remaining = len(tokens)
+        tokens = tokens[: int(min(len(tokens), self._remaining))]
+        self._remaining -= len(tokens)
+        self.stats.observe(nodes, len(tokens))
+        if self._drafter is not None:
+            self._drafter.keep(tokens)
+        self.policy.observe(outcome)
+        return tokens

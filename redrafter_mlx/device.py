@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+PRETEND_GPU = "REDRAFTER_PRETEND_GPU"
+"""Environment variable for tests: a GPU's choices, computed by whatever device there is."""
+
 
 def on_gpu() -> bool:
     """True where MLX runs on Metal or CUDA by default."""
-    return bool(mx.default_device() == mx.gpu)
+    return bool(mx.default_device() == mx.gpu) or os.environ.get(PRETEND_GPU) == "1"
 
 
 def fused(function: F) -> F:
     """`mx.compile` on a GPU, where each operation is a launch.
 
-    On the CPU the function stays as it is: compiling there calls g++ for seconds to save microseconds.
+    On the CPU the function runs as it is: compiling there calls g++ for seconds to save microseconds. The device
+    is looked up at every call, because a program may change MLX's default device at any time.
     """
-    return cast(F, mx.compile(function)) if on_gpu() else function
+    compiled = mx.compile(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return compiled(*args) if on_gpu() else function(*args)
+
+    return cast(F, call)
 
 
 def device_name() -> str:
     """The chip, as MLX or the operating system names it."""
-    if on_gpu():
+    if mx.default_device() == mx.gpu:
         return str(mx.device_info().get("device_name", "GPU"))
     import platform
 
@@ -35,3 +47,18 @@ def device_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def memory_bytes() -> int:
+    """Bytes of memory this process may use: the machine's, or the container's limit where that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CGROUP_LIMITS:
+        try:
+            with open(path, encoding="ascii") as file:
+                limits.append(int(file.read()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+    return min(limits)

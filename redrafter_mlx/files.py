@@ -1,17 +1,43 @@
-"""Reading and writing files so that a mistake is one clear error and nothing is ever half-written."""
+"""Reading and writing files so that a mistake is one clear error and nothing is ever half-written; weights by name."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+"""What weights can be cast to, by name."""
+
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header, as the format bounds it."""
+
+_DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "C64": 8,
+}  # fmt: skip
+_LFS_NOTE = b"version https://git-lfs.github.com/spec"
+
+
+def cache_dir() -> Path:
+    """Where downloads and measurements are kept: `REDRAFTER_CACHE`, else `redrafter-mlx` in the user's cache."""
+    if os.environ.get("REDRAFTER_CACHE"):
+        return Path(os.environ["REDRAFTER_CACHE"]).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "redrafter-mlx"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "redrafter-mlx"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,39 +46,97 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such file; not a JSON object.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_real(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8; nested too deep
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
 
 
+def check_real(path: Path) -> None:
+    """Check that a file is there, and is not the note that Git LFS leaves in its place.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there; it is such a note.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_NOTE)) == _LFS_NOTE:
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its repository, or download it"
+            )
+
+
 def read_safetensors(path: Path) -> dict[str, mx.array]:
     """All tensors of a safetensors file.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; damaged or cut short.
+        FileNotFoundError, ValueError: see `check_safetensors`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = file.read(header_size) if header_size <= size else b""
-    try:
-        entries = json.loads(header)
-        end = max((e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not a safetensors file, or is cut short in its header") from None
-    if size < 8 + header_size + end:  # mx.load maps the file and would read past its end
-        raise ValueError(f"{path} is cut short: {size} bytes of {8 + header_size + end}")
+    check_safetensors(path)
     arrays = mx.load(str(path), format="safetensors")
     assert isinstance(arrays, dict)
     return arrays
+
+
+def check_safetensors(path: Path) -> None:
+    """Check a safetensors file before MLX, which trusts it, maps it: dtypes that MLX has, shapes that fit their bytes,
+    tensors that follow each other without gap or overlap to the file's end, as the format asks.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; not a safetensors file; damaged, with the tensor's name.
+    """
+    check_real(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = file.read(header_size) if 2 <= header_size <= min(size, MAX_HEADER) else b""
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} is not a safetensors file, or is cut short in its header")
+    spans = sorted(_span(path, name, entry) for name, entry in entries.items() if name != "__metadata__")
+    end = 0
+    for begin, stop, name in spans:
+        if begin != end:
+            raise ValueError(
+                f"{path} is damaged: the bytes of {name} begin at {begin}, those before it end at {end}"
+            )
+        end = stop
+    if size != 8 + header_size + end:
+        wrong = "cut short" if size < 8 + header_size + end else "damaged"
+        raise ValueError(f"{path} is {wrong}: {size} bytes of {8 + header_size + end}")
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
+    """First byte, end and name of a tensor.
+
+    Raises:
+        ValueError: its entry is not one, or not of a tensor that MLX has.
+    """
+    values = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
+    if dtype not in _DTYPE_BYTES:
+        known = ", ".join(sorted(_DTYPE_BYTES))
+        raise ValueError(f"{path}: {name} has dtype {dtype!r}; MLX reads {known}")
+    if not _are_sizes(shape) or not _are_sizes(offsets):
+        wrong = f"{str(shape)[:60]} and {str(offsets)[:60]}"
+        raise ValueError(f"{path}: {name} must have a shape and data_offsets of whole numbers, not {wrong}")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPE_BYTES[dtype]:
+        raise ValueError(
+            f"{path}: {name} of shape {str(shape)[:60]} and dtype {dtype} cannot lie in bytes {offsets}"
+        )
+    return offsets[0], offsets[1], name
+
+
+def _are_sizes(numbers: Any) -> TypeGuard[list[int]]:
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
 
 
 def write_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
@@ -94,3 +178,32 @@ def new_folder(path: Path) -> Iterator[Path]:
             file.replace(path / file.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def named_weights(module: nn.Module) -> dict[str, mx.array]:
+    """Every parameter by its dotted name."""
+    return cast(dict[str, mx.array], dict(tree_flatten(module.parameters())))
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters."""
+    return sum(array.nbytes for array in named_weights(module).values())
+
+
+def check_weights(module: nn.Module, weights: dict[str, mx.array], where: str) -> None:
+    """Compare every tensor's name and shape with what the module has.
+
+    Raises:
+        ValueError: all that is missing, superfluous or misshapen in `where`, in one message.
+    """
+    expected = {name: tuple(array.shape) for name, array in named_weights(module).items()}
+    found = {name: tuple(array.shape) for name, array in weights.items()}
+    wrong = [f"{name} {expected[name]} is missing" for name in sorted(expected.keys() - found.keys())]
+    wrong += [f"{name} {found[name]} is not expected" for name in sorted(found.keys() - expected.keys())]
+    wrong += [
+        f"{name} has shape {found[name]}, expected {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    if wrong:
+        raise ValueError(f"{where} does not fit its config: {'; '.join(wrong)}")

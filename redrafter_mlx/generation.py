@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .auto import Auto, Experience
-from .cache import KVCache
-from .cost import cost_table
-from .decode import Decoder, Stats
-from .drafter import RecurrentDrafter
+from .auto import Auto, Learned, cost_table
+from .decode import Text, decode, prefill
+from .drafters.interface import Drafter, Seen
 from .policy import Fixed, Off, Policy
+from .prompts import Prompt, encode_prompt
 from .sampling import Sampling
+from .stats import Stats
 from .target import Target
+from .target.cache import KVCache
 from .text import TextStream
 from .tree import MAX_NODES, Beam
 
-RESERVED_TOKENS = 4096  # KV cache allocated at once for an answer; longer ones grow it in blocks
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message] | Sequence[int]
+RESERVED_TOKENS = 4096  # KV cache allocated at once for an answer; longer ones grow it in blocks
 
 
 @dataclass(slots=True)
 class Model:
-    """What `load` returns: a target, its drafter where there is one, its tokenizer where there is
-    one.
-    """
+    """What `load` returns. Any thread may generate with it; they take turns, step by step."""
 
     target: Target
-    drafter: RecurrentDrafter | None = None
+    drafter: Drafter | None = None
     tokenizer: TokenizerWrapper | None = None
-    experience: Experience | None = None
-    """what `draft="auto"` has learned about the two on this machine"""
+    eos_token_ids: frozenset[int] = frozenset()
+    """Tokens that end an answer; of the tokenizer where there is one."""
+    learned: Learned | None = None
+    """What `draft="auto"` has learned about target and drafter on this machine."""
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.eos_token_ids and self.tokenizer is not None:
+            self.eos_token_ids = frozenset(self.tokenizer.eos_token_ids)
+        # What is still to be computed belongs to this thread's stream, and other threads could not compute it.
+        mx.eval(self.target.model.parameters())
+        if self.drafter is not None:
+            seen = Seen(
+                mx.zeros((self.target.context_size,), dtype=self.target.dtype),
+                mx.array(0, dtype=mx.int32),
+                None,
+            )
+            mx.eval(self.drafter.start([0]).draft(seen, Beam(1, 2, 2)).logprobs, self.drafter.parameters())
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +61,45 @@ class Chunk:
     """One token of a stream."""
 
     text: str
-    """what became certain with this token; may be empty, or more than one token's text"""
+    """What became certain with this token; may be empty, or more than one token's text."""
     token: int
     from_draft: bool
-    """True where it is an accepted draft token"""
+    """True where it is an accepted draft token."""
     finish_reason: str | None
-    """"stop" or "length" with the last token"""
+    """"stop" or "length" with the last token."""
     stats: Stats
-    """of the generation so far; the same object in every chunk"""
+    """Of the generation so far; the same object in every chunk."""
 
 
 @dataclass(slots=True)
 class PromptCache:
-    """A KV cache that outlives one generation, with the tokens it holds: give it to the next
-    turn.
+    """A KV cache that outlives one generation, with the tokens it holds: give it to the next turn.
+
+    It belongs to the first model it is used with, and to one stream at a time.
     """
 
     tokens: list[int] = field(default_factory=list)
     kv: KVCache | None = None
+    target: Target | None = field(default=None, repr=False)
+    in_use: bool = False
+
+    def check(self, target: Target, kv_bits: int | None) -> None:
+        """Check that the next generation may use it.
+
+        Raises:
+            ValueError: it belongs to another model or has other `kv_bits`, or another stream is using it.
+        """
+        if self.in_use:
+            raise ValueError("cache is in use by another stream: finish or close that first")
+        if self.target is not None and self.target is not target:
+            raise ValueError(f"cache belongs to {self.target.name}, and cannot serve {target.name}")
+        if self.kv is not None and self.kv.bits != kv_bits:
+            raise ValueError(f"cache has kv_bits {self.kv.bits}, asked for {kv_bits}")
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Cut the cache back to the longest prefix it shares with `prompt` and return that prefix's
-        length.
+        """Cut the cache back to the longest prefix it shares with `prompt`; returns that prefix's length.
 
-        At least one prompt token is left to process: the drafter needs the hidden state of the last
-        one.
+        At least one prompt token is left to process: the drafter needs the hidden state of the last one.
         """
         if self.kv is None:
             return 0
@@ -84,6 +115,16 @@ class PromptCache:
         del self.tokens[shared:]
         return shared
 
+    def settle(self, kv: KVCache, tokens: list[int]) -> None:
+        """Leave the cache with exactly the tokens that were given or emitted, also after an interruption."""
+        self.in_use = False
+        surplus = kv.length - len(tokens)
+        if surplus > 0 and not kv.can_trim_to(len(tokens)):
+            self.kv, self.tokens = None, []
+            return
+        kv.trim(max(0, surplus))
+        self.kv, self.tokens = kv, tokens[: kv.length]
+
 
 def encode(model: Model, prompt: Prompt, raw: bool = False) -> list[int]:
     """Token ids of a prompt: a string (as a user's message unless `raw`), messages, or token ids.
@@ -91,57 +132,66 @@ def encode(model: Model, prompt: Prompt, raw: bool = False) -> list[int]:
     Raises:
         ValueError: empty, ids outside the vocabulary, or text without a tokenizer or chat template.
     """
-    tokens = _encode(model, prompt, raw)
-    if not tokens:
-        raise ValueError("the prompt is empty: it needs at least one token")
-    worst = max(tokens, key=lambda t: t if t >= 0 else float("inf"))
-    if not 0 <= worst < model.target.vocab_size:
-        raise ValueError(f"token ids must lie in 0..{model.target.vocab_size - 1}, not {worst}")
-    return tokens
-
-
-def _encode(model: Model, prompt: Prompt, raw: bool) -> list[int]:
-    if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-        return [int(item) for item in prompt]  # type: ignore[arg-type]
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{model.target.name} has no tokenizer: give the prompt as token ids")
-    if isinstance(prompt, str) and raw:
-        return list(tokenizer.encode(prompt))
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"a message needs 'role' and 'content', not {message!r}")
-    if not tokenizer.has_chat_template:
-        if isinstance(prompt, str):
-            return list(tokenizer.encode(prompt))
-        raise ValueError(f"{model.target.name} has no chat template: give the prompt as a string")
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    return encode_prompt(model.tokenizer, prompt, raw, model.target.vocab_size, model.target.name)
 
 
 def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
     """The policy for a `draft` argument: "auto", "off", "WxL", "WxL@N" or a Beam.
 
     Raises:
-        ValueError: none of these, or drafting asked for without a drafter.
+        ValueError: none of these, or drafting asked for without a drafter or beyond its size.
     """
-    if draft == "off" or (draft == "auto" and model.drafter is None):
+    drafter = model.drafter
+    if draft == "off" or (draft == "auto" and drafter is None):
         return Off()
-    if model.drafter is None:
+    if drafter is None:
         raise ValueError(
             f"draft={str(draft)!r} needs a drafter, and {model.target.name} was loaded without one"
         )
     if draft == "auto":
-        if model.experience is None:
-            model.experience = Experience(cost_table(model.target, model.drafter))
-        return Auto(model.experience, greedy, model.drafter.config.draft_vocab)
+        if model.learned is None:
+            with model.lock:
+                model.learned = Learned(cost_table(model.target, drafter))
+        return Auto(model.learned, greedy, drafter)
     beam = draft if isinstance(draft, Beam) else Beam.parse(draft)
-    if beam.width > model.drafter.config.draft_vocab:
+    if beam.width > drafter.max_width:
         raise ValueError(
-            f"beam width must be at most the drafter's vocabulary {model.drafter.config.draft_vocab}, "
-            f"not {beam.width}"
+            f"beam width must be at most the drafter's vocabulary {drafter.max_width}, not {beam.width}"
+        )
+    if drafter.max_length is not None and beam.length > drafter.max_length:
+        raise ValueError(
+            f"beam length must be at most {drafter.max_length} with this drafter, not {beam.length}"
         )
     return Fixed(beam)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to generate; checked before any work."""
+
+    max_tokens: int = 256
+    """Maximum tokens to generate."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Greedy by default."""
+    draft: str | Beam = "auto"
+    """"auto", "off", "WxL" or "WxL@N" (L counts the root, N = rows verified, root included)."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    raw: bool = False
+    """Take a string as it is, without the chat template."""
+    kv_bits: int | None = None
+    """Quantize the KV cache to this many bits."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be an integer, 1 or more, not {self.max_tokens!r}")
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling must be a Sampling, not {self.sampling!r}")
+        if not isinstance(self.draft, (str, Beam)):
+            raise ValueError(f"draft must be auto, off, WxL, WxL@N or a Beam, not {self.draft!r}")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop must be a list of strings that are not empty, not {text!r}")
 
 
 def stream_generate(  # noqa: PLR0913  (the public options, all but two by keyword)
@@ -151,7 +201,7 @@ def stream_generate(  # noqa: PLR0913  (the public options, all but two by keywo
     max_tokens: int = 256,
     sampling: Sampling | None = None,
     draft: str | Beam = "auto",
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | None = (),
     raw: bool = False,
     cache: PromptCache | None = None,
     kv_bits: int | None = None,
@@ -159,113 +209,149 @@ def stream_generate(  # noqa: PLR0913  (the public options, all but two by keywo
     """Generate text, a chunk per token.
 
     Args:
-        prompt: a string (chat template applied unless `raw`), a list of messages, or a list of
-            token ids.
-        max_tokens: tokens to generate at most.
+        prompt: a string (chat template applied unless `raw`), a list of messages, or a list of token ids.
+        max_tokens: maximum tokens to generate.
         sampling: greedy by default.
         draft: "auto", "off", "WxL" or "WxL@N" (L counts the root, N = rows verified, root included).
         stop: the text ends before the first of these strings.
+        raw: take a string as it is, without the chat template.
         cache: kept between calls, so that a shared prefix is not processed again.
-        kv_bits: quantise the KV cache.
+        kv_bits: quantize the KV cache to this many bits.
 
     Raises:
-        ValueError: before any work, for arguments that cannot be.
+        ValueError: before any work, for invalid arguments.
     """
-    tokens = encode(model, prompt, raw)
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be 1 or more, not {max_tokens}")
-    limit = model.target.max_length
-    if limit is not None and len(tokens) + max_tokens > limit:
-        raise ValueError(
-            f"prompt ({len(tokens)} tokens) + max_tokens ({max_tokens}) is more than the context of {limit} "
-            f"tokens that {model.target.name} has"
-        )
     if isinstance(stop, str):
         raise ValueError("stop must be a list of strings, not one string")
-    if stop and model.tokenizer is None:
+    options = Options(
+        max_tokens, Sampling() if sampling is None else sampling, draft, tuple(stop or ()), raw, kv_bits
+    )
+    return start(model, prompt, options, cache)
+
+
+def start(
+    model: Model, prompt: Prompt, options: Options, cache: PromptCache | None = None
+) -> Iterator[Chunk]:
+    """`stream_generate` with its options as one value."""
+    tokens = encode(model, prompt, options.raw)
+    limit = model.target.max_length
+    if limit is not None and len(tokens) + options.max_tokens > limit:
+        raise ValueError(
+            f"prompt ({len(tokens)} tokens) + max_tokens ({options.max_tokens}) is more than the context of "
+            f"{limit} tokens that {model.target.name} has"
+        )
+    if options.stop and model.tokenizer is None:
         raise ValueError(f"stop strings need a tokenizer, and {model.target.name} has none")
-    sampling = sampling or Sampling()
-    policy = make_policy(model, draft, sampling.is_greedy)
-    cache = cache or PromptCache()
+    options.sampling.check_vocabulary(model.target.vocab_size)
+    policy = make_policy(model, options.draft, options.sampling.is_greedy)
+    cache = PromptCache() if cache is None else cache
+    cache.check(model.target, options.kv_bits)
     if cache.kv is None:
-        cache.kv = model.target.new_cache(kv_bits)
-    elif cache.kv.bits != kv_bits:
-        raise ValueError(f"the cache given has kv_bits {cache.kv.bits}, asked for {kv_bits}")
-    return _stream(_Job(model, tokens, max_tokens, sampling, policy, tuple(stop), cache))
+        with model.lock:  # with `kv_bits` the model runs, to show the size of its heads
+            cache.kv = model.target.new_cache(options.kv_bits)
+    return _stream(model, tokens, options, policy, cache)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A checked call of `stream_generate`."""
-
-    model: Model
-    prompt: list[int]
-    max_tokens: int
-    sampling: Sampling
-    policy: Policy
-    stop: tuple[str, ...]
-    cache: PromptCache
-
-
-def _stream(job: _Job) -> Iterator[Chunk]:
-    model, prompt, max_tokens, cache = job.model, job.prompt, job.max_tokens, job.cache
-    bits = cache.kv.bits if cache.kv is not None else None
+def _stream(
+    model: Model, prompt: list[int], options: Options, policy: Policy, cache: PromptCache
+) -> Iterator[Chunk]:
+    cache.check(model.target, options.kv_bits)  # again: another stream may have begun since
+    cache.in_use, cache.target = True, model.target
     reused = cache.reuse(prompt)
-    kv = cache.kv = cache.kv or model.target.new_cache(bits)
-    kv.reserve(len(prompt) + min(max_tokens, RESERVED_TOKENS) + MAX_NODES)
-    decoder = Decoder(model.target, model.drafter, kv, job.policy, job.sampling)
-    decoder.wanted = max_tokens - 1
-    stats, text = decoder.stats, TextStream(model.tokenizer, job.stop)
-    ends = model.tokenizer.eos_token_ids if model.tokenizer is not None else set()
+    with model.lock:
+        kv = cache.kv or model.target.new_cache(options.kv_bits)
+    kv.reserve(len(prompt) + min(options.max_tokens, RESERVED_TOKENS) + MAX_NODES)
+    text = Text(
+        model.target, model.drafter, kv, policy, options.sampling, prompt,
+        max_tokens=options.max_tokens, ends=model.eos_token_ids,
+    )  # fmt: skip
+    stats = text.stats
     stats.prompt_tokens, stats.reused_tokens = len(prompt), reused
-    mx.reset_peak_memory()
-    started = time.perf_counter()
+    run = _Run(model, text, TextStream(model.tokenizer, options.stop, prompt), options.max_tokens)
     try:
-        first = decoder.prefill(prompt[reused:], history=prompt[:reused])
-        stats.prefill_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        for token, from_draft in _tokens(decoder, first):
+        with _wired(model):
+            yield from run.chunks(prompt[reused:])
+    finally:
+        with model.lock:
+            cache.settle(kv, [*prompt, *stats.token_ids])
+
+
+class _Run:
+    """The steps of one stream: timed without the consumer's time, one at a time per model, all in one thread."""
+
+    def __init__(self, model: Model, text: Text, stream: TextStream, max_tokens: int) -> None:
+        self._model, self._text, self._stream, self._max_tokens = model, text, stream, max_tokens
+        self._thread = threading.get_ident()
+
+    def chunks(self, prompt: list[int]) -> Iterator[Chunk]:
+        model, text, stats = self._model, self._text, self._text.stats
+        mx.reset_peak_memory()
+        begun = time.perf_counter()
+        with model.lock:
+            first = prefill(model.target, text, prompt)
+        stats.prefill_seconds = time.perf_counter() - begun
+        yield from self._emit([first])
+        steps = decode(model.target, text)
+        while stats.finish_reason is None:
+            if threading.get_ident() != self._thread:
+                raise RuntimeError(
+                    "a stream must be read in one thread: the one in which its first chunk was"
+                )
+            begun = time.perf_counter()
+            with model.lock:
+                tokens = next(steps)
+            stats.decode_seconds += time.perf_counter() - begun
+            yield from self._emit(tokens)
+
+    def _emit(self, tokens: list[int]) -> Iterator[Chunk]:
+        """A chunk for each token of a step."""
+        stats, stream, num_drafted = self._text.stats, self._stream, self._text.num_accepted
+        for index, token in enumerate(tokens):
             stats.token_ids.append(token)
             stats.generated_tokens += 1
-            piece = "" if token in ends else text.add(token)
-            if token in ends or text.stopped:
+            piece = "" if token in self._model.eos_token_ids else stream.add(token)
+            if token in self._model.eos_token_ids or stream.stopped:
                 stats.finish_reason = "stop"
-            elif stats.generated_tokens == max_tokens:
+            elif stats.generated_tokens == self._max_tokens:
                 stats.finish_reason = "length"
             if stats.finish_reason:
-                piece += text.finish()
-            stats.decode_seconds = time.perf_counter() - started
+                piece += stream.finish()
+                if stream.stopped:  # completed by what the detokenizer had held back
+                    stats.finish_reason = "stop"
             stats.peak_memory_bytes = mx.get_peak_memory()
-            yield Chunk(piece, token, from_draft, stats.finish_reason, stats)
+            yield Chunk(piece, token, index < num_drafted, stats.finish_reason, stats)
             if stats.finish_reason:
                 return
-    finally:
-        _settle(cache, kv, [*prompt, *stats.token_ids])
 
 
-def _tokens(decoder: Decoder, first: int) -> Iterator[tuple[int, bool]]:
-    yield first, False
-    for step in decoder.steps():
-        for index, token in enumerate(step):
-            yield token, index < len(step) - 1
+def _wired(model: Model) -> AbstractContextManager[None]:
+    """On Metal keep the weights resident while a text is decoded, as mlx-lm does."""
+    if not mx.metal.is_available():
+        return nullcontext()
+    from mlx_lm.generate import wired_limit
+
+    return cast(AbstractContextManager[None], wired_limit(model.target.model))
 
 
-def _settle(cache: PromptCache, kv: KVCache, tokens: list[int]) -> None:
-    """Leave the cache with exactly the tokens that were given or emitted, also after an
-    interruption.
-    """
-    surplus = kv.length - len(tokens)
-    if surplus > 0 and not kv.can_trim_to(len(tokens)):
-        cache.kv, cache.tokens = None, []
-        return
-    kv.trim(max(0, surplus))
-    cache.tokens = tokens[: kv.length]
-
-
-def generate(model: Model, prompt: Prompt, **options: object) -> tuple[str, Stats]:
-    """All of `stream_generate`'s text at once, and what it took. Same arguments."""
+def generate(  # noqa: PLR0913  (as stream_generate)
+    model: Model,
+    prompt: Prompt,
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    draft: str | Beam = "auto",
+    stop: Sequence[str] | None = (),
+    raw: bool = False,
+    cache: PromptCache | None = None,
+    kv_bits: int | None = None,
+) -> tuple[str, Stats]:
+    """All of `stream_generate`'s text at once, and its figures. Same arguments and errors."""
+    stream = stream_generate(
+        model, prompt, max_tokens=max_tokens, sampling=sampling, draft=draft, stop=stop, raw=raw, cache=cache,
+        kv_bits=kv_bits,
+    )  # fmt: skip
     text, stats = [], Stats()
-    for chunk in stream_generate(model, prompt, **options):  # type: ignore[arg-type]
+    for chunk in stream:
         text.append(chunk.text)
         stats = chunk.stats
     return "".join(text), stats

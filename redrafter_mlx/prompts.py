@@ -1,11 +1,26 @@
-"""Files of prompts: one JSON value per line."""
+"""Prompts: files of them, one JSON value per line, and what a tokenizer makes of one."""
 
 from __future__ import annotations
 
 import json
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+BYTE_ORDER_MARK = "\ufeff".encode()
+LINE_KEYS = frozenset({
+    "messages", "prompt", "turns", "id", "question_id", "category", "reference", "answer", "source", "dataset",
+    "name", "tags", "metadata",
+})  # fmt: skip
+"""What a line of a file of prompts may hold; all but the first three describe it."""
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +57,19 @@ def read_requests(path: Path) -> list[Request]:
     if not path.is_file():
         raise FileNotFoundError(f"--prompts: no file {path}")
     requests: list[Request] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(path.read_bytes().removeprefix(BYTE_ORDER_MARK).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            requests.append(_request(json.loads(line.decode()), len(requests)))
-        except ValueError as error:  # of JSON and of UTF-8 too
+            value = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8: {error}") from None
+        except (ValueError, RecursionError) as error:
+            hint = " (one JSON value a line is expected, not an array)" if line.lstrip()[:1] == b"[" else ""
+            raise ValueError(f"{path}:{number}: not JSON: {error}{hint}") from None
+        try:
+            requests.append(_request(value, len(requests)))
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     if not requests:
         raise ValueError(f"{path} holds no prompts: it needs at least one line")
@@ -59,6 +81,15 @@ def _request(value: Any, index: int) -> Request:
         return Request(index, _text(value, "the prompt"))
     if not isinstance(value, dict):
         raise ValueError(f"a line must be a string or an object, not {json.dumps(value)[:60]}")
+    wanted = [key for key in ("messages", "prompt", "turns") if key in value]
+    if len(wanted) > 1:
+        raise ValueError(f'one of "messages", "prompt" and "turns" is needed, found {" and ".join(wanted)}')
+    others = sorted(set(value) - LINE_KEYS)
+    if others:
+        raise ValueError(
+            f"{', '.join(map(repr, others))} in a line is not known: settings are options of the command and hold for "
+            "all lines"
+        )
     name = value.get("id", value.get("question_id", index))
     category = str(value.get("category", "all"))
     if "messages" in value:
@@ -90,3 +121,107 @@ def _messages(value: Any) -> list[dict[str, str]]:
                 f'a message needs "role" and "content", both text, not {json.dumps(message)[:60]}'
             )
     return value
+
+
+def encode_prompt(
+    tokenizer: TokenizerWrapper | None, prompt: Prompt, raw: bool, vocab_size: int, name: str
+) -> list[int]:
+    """Token ids of a prompt: a string (as a user's message unless `raw`), messages, or token ids.
+
+    Args:
+        name: what to call the model in messages.
+
+    Raises:
+        ValueError: empty, ids outside the vocabulary, text without a tokenizer or chat template, text that is not
+            Unicode, or messages that the chat template refuses.
+    """
+    tokens = _token_ids(prompt)
+    if tokens is None:
+        tokens = _encode_text(tokenizer, prompt, raw, name)
+    if not tokens:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    worst = max(tokens, key=lambda t: t if t >= 0 else float("inf"))
+    if not 0 <= worst < vocab_size:
+        raise ValueError(f"token ids must lie in 0..{vocab_size - 1}, not {worst}")
+    return tokens
+
+
+def _token_ids(prompt: Any) -> list[int] | None:
+    """The prompt as a list of ids, where it is one: of Python, NumPy or MLX; None where it is text."""
+    if isinstance(prompt, str):
+        return None
+    if isinstance(prompt, (bytes, bytearray)) or prompt is None or not hasattr(prompt, "__len__"):
+        raise ValueError(f"a prompt must be a string, messages, or token ids, not {_short(prompt)}")
+    items = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if not isinstance(items, list) or any(isinstance(item, (Mapping, str)) for item in items):
+        return None
+    try:
+        ids = [operator.index(item) for item in items]
+    except TypeError:
+        ids = []
+    if len(ids) < len(items) or any(isinstance(item, bool) for item in items):
+        raise ValueError(f"token ids must be integers, not {_short(items)}")
+    return ids
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _encode_text(tokenizer: TokenizerWrapper | None, prompt: Any, raw: bool, name: str) -> list[int]:
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer: give the prompt as token ids")
+    if isinstance(prompt, str) and (raw or not tokenizer.has_chat_template):
+        return encode_text(tokenizer, prompt)
+    messages = [user(prompt)] if isinstance(prompt, str) else [_plain_message(each) for each in prompt]
+    if not tokenizer.has_chat_template:
+        raise ValueError(f"{name} has no chat template: give the prompt as a string")
+    return encode_text(tokenizer, render(tokenizer, messages), special=False)
+
+
+def render(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> str:
+    """Messages as the chat template writes them, up to where the answer begins.
+
+    Raises:
+        ValueError: the template refuses them; with its words.
+    """
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"the model's chat template refuses this conversation: {error}") from None
+    return cast(str, text)
+
+
+def encode_text(tokenizer: TokenizerWrapper, text: str, special: bool = True) -> list[int]:
+    """Token ids of a text. With `special` a beginning-of-text token comes first where the tokenizer adds one, but not
+    a second one where the text begins with it.
+
+    Raises:
+        ValueError: the text is not Unicode (a lone surrogate).
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = f"character {error.start} is {text[error.start]!a}"
+        raise ValueError(f"the prompt must be text that UTF-8 can hold, and its {where}") from None
+    begin = getattr(tokenizer, "bos_token", None)
+    if special and begin and text.startswith(begin):
+        special = False
+    return list(tokenizer.encode(text, add_special_tokens=special))
+
+
+def _plain_message(message: Any) -> dict[str, str]:
+    """A message whose content is one text; text parts are joined, as OpenAI's clients send them."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise ValueError(f"a message needs 'role' and 'content', not {_short(message)}")
+    content = message["content"]
+    if isinstance(content, (list, tuple)):
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        if all(isinstance(part, str) for part in parts):
+            content = "".join(cast(list[str], parts))
+    if not isinstance(message["role"], str) or not isinstance(content, str):
+        raise ValueError(f"a message's role and content must be text, not {_short(message)}")
+    return {**message, "content": content}

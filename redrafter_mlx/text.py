@@ -1,43 +1,70 @@
-"""From tokens to text as it streams: whole UTF-8 characters, ended by a stop string."""
+"""From tokens to text as it streams: whole characters, ended by a stop string.
+
+The text of a stream is what prompt and answer together decode to, minus what the prompt decodes to: so a first space is
+kept, whatever a tokenizer does at the beginning of a text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+CONTEXT_TOKENS = 6
+"""Tokens of the prompt that are decoded with the first ones of the answer; more than a character's bytes."""
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that is needed."""
+
+    def decode(self, tokens: list[int]) -> str: ...
 
 
 class TextStream:
     """Turns tokens into text piece by piece.
 
-    Bytes of an unfinished character wait for the rest, and so does text that may be the beginning of a stop
-    string.
+    Bytes of an unfinished character wait for the rest, and so does text that may be the beginning of a stop string.
+
+    Args:
+        prompt: the tokens before the first one that will be added.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper | None, stop: Sequence[str] = ()) -> None:
-        self._detokenizer = tokenizer.detokenizer if tokenizer is not None else None
-        if self._detokenizer is not None:
-            self._detokenizer.reset()
-        self._stop = [text for text in stop if text]
+    def __init__(
+        self, tokenizer: Decoder | None, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = list(prompt[-CONTEXT_TOKENS:])
+        self._begin, self._end = 0, len(self._tokens)  # what lies before `_end` is text already
+        self._stop = list(stop)
         self._held = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
         """The text that became certain with `token`; sets `stopped` when a stop string is complete."""
-        if self._detokenizer is None:
+        if self._tokenizer is None:
             return ""
-        self._detokenizer.add_token(token)
-        return self._release(self._detokenizer.last_segment)
+        self._tokens.append(token)
+        before, now = self._decoded(self._end), self._decoded(len(self._tokens))
+        if now.endswith(_UNFINISHED) and len(self._tokens) - self._end < CONTEXT_TOKENS:
+            return ""  # in the middle of a character, unless it is one that was never whole
+        self._begin, self._end = self._end, len(self._tokens)
+        return self._release(now[len(before) :])
 
     def finish(self) -> str:
         """What was still held back."""
-        if self._detokenizer is None:
+        if self._tokenizer is None:
             return ""
-        self._detokenizer.finalize()
-        text = self._release(self._detokenizer.last_segment)
+        before, now = self._decoded(self._end), self._decoded(len(self._tokens))
+        self._begin = self._end = len(self._tokens)
+        text = self._release(now[len(before) :])
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text
+
+    def _decoded(self, end: int) -> str:
+        assert self._tokenizer is not None
+        return self._tokenizer.decode(self._tokens[self._begin : end])
 
     def _release(self, segment: str) -> str:
         if not self._stop or self.stopped:

@@ -1,6 +1,6 @@
 """The token tree: what the target checks in one forward.
 
-Letters: W beam width, L beam length counting the root, N nodes, P = W (L-1) candidates of a beam search.
+Letters: W beam width, L beam length counting the root, N nodes, P candidates of a drafter.
 
 Worked example, used in docs/algorithm.md and in the tests. Three beams over words:
 
@@ -23,7 +23,11 @@ import mlx.core as mx
 
 from .device import fused
 
-MAX_NODES = 64  # rows of one verification; past this no machine gains
+MAX_NODES = 64
+"""Rows of one verification: a bound on buffers and compile time."""
+
+NEVER = -1e30
+"""Log-probability of a candidate that is not offered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Beam:
         """Read "WxL" or "WxL@N".
 
         Raises:
-            ValueError: not of that form, or a shape that cannot be.
+            ValueError: not of that form, or an impossible shape.
         """
         match = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+))?", text.strip())
         if match is None:
@@ -98,23 +102,27 @@ class TokenTree:
 
 
 @dataclass(frozen=True, slots=True)
-class Levels:
-    """What a beam search leaves behind: W tokens per level and the slot of each one's parent."""
+class Candidates:
+    """What a drafter offers: P nodes below the root, parents before children; all on the device."""
 
     tokens: mx.array
-    """(L-1, W) int32, most probable first within a level"""
-    slots: mx.array
-    """(L-1, W) int32: slot of the parent in the level before; 0 in the first level (the root)"""
+    """(P,) int32, the target's ids"""
+    parents: mx.array
+    """(P,) int32, index of a candidate; -1 for the root"""
     logprobs: mx.array
-    """(L-1, W) float32: log-probability of the path from the root"""
+    """(P,) float32 of the path from the root, so no child has more than its parent; `NEVER`: not offered"""
+    height: int
+    """greatest depth a candidate can have"""
+    is_chain: bool = False
+    """True where every candidate is the child of the one before"""
 
     @property
-    def width(self) -> int:
-        return self.tokens.shape[1]
+    def num_candidates(self) -> int:
+        return self.tokens.shape[0]
 
-    @property
-    def length(self) -> int:
-        return self.tokens.shape[0] + 1
+    def num_offered(self) -> mx.array:
+        """() int32: candidates that are not `NEVER`."""
+        return (self.logprobs > NEVER / 2).sum().astype(mx.int32)
 
 
 def chain(tokens: mx.array) -> TokenTree:
@@ -125,75 +133,91 @@ def chain(tokens: mx.array) -> TokenTree:
 
 
 def ancestor_mask(parents: mx.array, height: int) -> mx.array:
-    """(N,) parents -> (N, N) bool: True at every node and its ancestors. `height` boolean steps."""
+    """(N,) parents -> (N, N) bool: True at every node and its ancestors, of which there are `height` at most."""
     nodes = mx.arange(parents.shape[0], dtype=parents.dtype)
-    mask = nodes[:, None] == nodes
-    above = parents
-    for _ in range(height):
-        mask = mask | (above[:, None] == nodes)
-        above = parents[above]
+    mask = (nodes[:, None] == nodes) | (parents[:, None] == nodes)
+    reach = 1
+    while reach < height:  # what two steps reach is a product of what one reaches
+        steps = mask.astype(mx.float32)
+        mask, reach = steps @ steps > 0, 2 * reach
     return mask
 
 
-def survivors(levels: Levels) -> mx.array:
-    """(L-1, W) bool: True where a node lies on a beam of the last level."""
-    slots = mx.arange(levels.width, dtype=mx.int32)
-    alive = mx.ones((levels.width,), dtype=mx.bool_)
-    rows = [alive]
-    for level in range(levels.length - 2, 0, -1):  # which slots of level-1 have a living child
-        child_of = levels.slots[level][:, None] == slots
-        alive = mx.any(child_of & alive[:, None], axis=0)
-        rows.append(alive)
-    return mx.stack(rows[::-1])
-
-
-def build(levels: Levels, root: mx.array, nodes: int) -> TokenTree:
+def build(candidates: Candidates, root: mx.array, nodes: int) -> TokenTree:
     """The tree of the root and the `nodes` - 1 most probable candidates.
 
-    A child never outranks its parent, so any such set is closed under parents; no matching of prefixes is
-    needed because a beam search never holds two equal paths. The nodes on the most probable beam come first
-    (accepting them is a plain trim of the cache), the rest by falling probability.
+    A child never outranks its parent, so any such set is closed under parents. The nodes on the most probable
+    path come first (accepting them is a plain trim of the cache), the rest by falling probability.
 
     Args:
-        levels: of a search with L-1 levels of W slots.
+        candidates: P of them.
         root: () int32.
-        nodes: N, at most 1 + W (L-1).
+        nodes: N, 2 ... 1 + P.
     """
-    if levels.width == 1:
-        return chain(mx.concatenate([root.reshape(1), levels.tokens[: nodes - 1, 0]]))
-    tokens, parents, depth, mask = _pack(levels.tokens, levels.slots, levels.logprobs, root, nodes)
-    return TokenTree(tokens, parents, depth, mask, levels.length - 1)
+    if candidates.is_chain:
+        return chain(mx.concatenate([root.reshape(1), candidates.tokens[: nodes - 1]]))
+    picks = mx.arange(nodes - 1, dtype=mx.int32)
+    arrays = _pack(candidates.tokens, candidates.parents, candidates.logprobs, root, picks, candidates.height)
+    return TokenTree(*arrays, candidates.height)
 
 
 @fused
-def _pack_arrays(
-    tokens: mx.array, slots: mx.array, logprobs: mx.array, root: mx.array, picks: mx.array
+def _pack(  # noqa: PLR0913  (arrays, not a dataclass, so that it can be compiled)
+    tokens: mx.array,
+    parents: mx.array,
+    logprobs: mx.array,
+    root: mx.array,
+    picks: mx.array,
+    height: int,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    height, width = tokens.shape
-    size = height * width
-    level = mx.arange(size, dtype=mx.int32) // width
-    # A parent ranks strictly before its child even where the child's probability is 1.
-    rank_key = logprobs.reshape(-1) - 1e-4 * level.astype(mx.float32)
-    chosen = mx.argsort(-rank_key)[: picks.shape[0]].astype(mx.int32)  # (N-1,) candidates
-    # Candidates on the best beam first, in order of depth.
-    slot, on_best = mx.array(0, dtype=mx.int32), []
-    for row in range(height - 1, -1, -1):
-        on_best.append(mx.arange(width, dtype=mx.int32) == slot)
-        slot = slots[row][slot]
-    best = mx.concatenate(on_best[::-1])  # (P,)
-    order_key = mx.where(best[chosen], chosen // width, size + picks)
-    chosen = chosen[mx.argsort(order_key)]
-    node_of = mx.zeros((size + 1,), dtype=mx.int32)
-    node_of[chosen + 1] = picks + 1  # entry 0: the root
-    parent = mx.where(level == 0, 0, (level - 1) * width + slots.reshape(-1) + 1)  # into node_of
+    size, num_picks = tokens.shape[0], picks.shape[0]
     zero = mx.zeros((1,), dtype=mx.int32)
-    parents = mx.concatenate([zero, node_of[parent[chosen]]])
-    depth = mx.concatenate([zero, level[chosen] + 1])
-    packed = mx.concatenate([root.reshape(1), tokens.reshape(-1)[chosen]])
-    return packed, parents, depth, ancestor_mask(parents, height)
+    # A parent ranks strictly before its child even where the child's probability is 1.
+    rank_key = logprobs - 1e-5 * mx.arange(size, dtype=mx.float32)
+    chosen = mx.argsort(-rank_key)[:num_picks].astype(mx.int32)
+    node_of = mx.zeros((size + 1,), dtype=mx.int32)  # entry 0: the root
+    node_of[chosen + 1] = picks + 1
+    by_rank = mx.concatenate([zero, node_of[parents[chosen] + 1]])  # (N,) parents
+    mask = ancestor_mask(by_rank, height)
+    depth = mask.astype(mx.int32).sum(axis=1) - 1
+    # On the most probable path: a node that is, like all above it, the first child of its parent.
+    rows = mx.arange(num_picks + 1, dtype=mx.int32)
+    siblings = (by_rank[:, None] == by_rank) & (rows > 0)
+    is_later = (mx.argmax(siblings, axis=1) != rows) & (rows > 0)
+    is_off = mx.any(mask & is_later, axis=1)
+    order = mx.argsort(mx.where(is_off, num_picks + 1 + rows, depth))
+    row_of = mx.zeros((num_picks + 1,), dtype=mx.int32)
+    row_of[order] = rows
+    ordered = mx.concatenate([root.reshape(1), tokens[chosen]])[order]
+    return ordered, row_of[by_rank[order]], depth[order], mask[order][:, order]
 
 
-def _pack(
-    tokens: mx.array, slots: mx.array, logprobs: mx.array, root: mx.array, nodes: int
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    return _pack_arrays(tokens, slots, logprobs, root, mx.arange(nodes - 1, dtype=mx.int32))
+def merge(*offers: Candidates) -> Candidates:
+    """One set of several offers, in which equal paths are one candidate, of the higher probability.
+
+    Candidates keep the order of the offers. One whose path an earlier candidate has is `NEVER` afterwards, and its
+    children are the earlier one's. So no two siblings that are offered carry the same token.
+    """
+    tokens = mx.concatenate([each.tokens for each in offers])
+    logprobs = mx.concatenate([each.logprobs for each in offers])
+    begins = [sum(each.num_candidates for each in offers[:index]) for index in range(len(offers))]
+    shifted = [
+        mx.where(each.parents < 0, -1, each.parents + begin)
+        for each, begin in zip(offers, begins, strict=True)
+    ]
+    height = max(each.height for each in offers)
+    arrays = _merge(tokens, mx.concatenate(shifted), logprobs, height)
+    return Candidates(*arrays, height)
+
+
+@fused
+def _merge(
+    tokens: mx.array, parents: mx.array, logprobs: mx.array, height: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    order = mx.arange(tokens.shape[0], dtype=mx.int32)
+    for _ in range(height):  # one level more is right after every pass
+        equal = (tokens[:, None] == tokens) & (parents[:, None] == parents) & (logprobs > NEVER / 2)
+        first = mx.argmax(equal | (order[:, None] == order), axis=1).astype(mx.int32)
+        parents = mx.where(parents < 0, -1, first[parents])
+    best = mx.where(equal, logprobs, NEVER).max(axis=1)
+    return tokens, parents, mx.where(first == order, mx.maximum(best, logprobs), NEVER)

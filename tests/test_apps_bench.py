@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from apps.cli import main
+from tests.speculators import make_speculator
 from tests.toy import save_folder
 
 # isort: split
 from apps import tune
-from redrafter_mlx import cost
+from redrafter_mlx.auto import timing
+from redrafter_mlx.drafters.kinds import save_drafter
 
 FIELDS = {
     "device", "chip", "os", "versions", "commit", "model", "dtype", "drafter", "draft", "prompts", "tokens",
@@ -26,8 +28,8 @@ FIELDS = {
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cost, "BUDGET_SECONDS", 0.1)
-    (tmp_path / "prompts.jsonl").write_text('"Hello"\n{"prompt": "What is red?", "category": "colours"}\n')
+    monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.1)
+    (tmp_path / "prompts.jsonl").write_text('"Hello"\n{"prompt": "What is red?", "category": "colors"}\n')
     return save_folder(tmp_path / "model")
 
 
@@ -54,7 +56,7 @@ def test_bench_ends_with_every_figure(folder: Path, capsys: pytest.CaptureFixtur
     report = last_line(capsys)
     assert set(report) >= FIELDS
     assert report["identical"] is True and report["syncs_per_step"] == 1.0 and report["prompts"] == 2
-    assert report["mlx_lm_speculative_tokens_per_second"] and set(report["categories"]) == {"all", "colours"}
+    assert report["mlx_lm_speculative_tokens_per_second"] and set(report["categories"]) == {"all", "colors"}
     assert set(report["profile_ms"]) == {"draft", "verify", "accept", "keep", "host"}
     assert json.loads(out.read_text()) == report
 
@@ -73,6 +75,45 @@ def test_tune_measures_every_shape_and_draws_it(
     assert all(value > 0 for value in report["measured_by_shape"].values())
     assert str(report["advice"]).startswith("auto will ")
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tune_keeps_within_the_drafters_limits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    speculator = folder.parent / "speculator"
+    save_drafter(make_speculator(vocab_size=vocab_size, n_predict=2), speculator)
+    given = [
+        "tune",
+        "--model",
+        str(folder),
+        "--drafter",
+        str(speculator),
+        "--max-tokens",
+        "8",
+        "--limit",
+        "1",
+    ]
+    assert main([*given, "--prompts", str(folder.parent / "prompts.jsonl")]) == 0
+    report = last_line(capsys)
+    assert report["lengths"] == [2, 3] and "8x3" in report["measured_by_shape"]
+    assert set(report["measured_by_shape"]) == set(report["predicted_by_shape"])
+
+
+@pytest.mark.parametrize("draft", ["auto", "2x3"])
+def test_bench_without_a_drafter_is_an_error(
+    folder: Path, draft: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--model", str(folder), "--drafter", "none", "--draft", draft]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "has no drafter" in err and "--drafter" in err
+
+
+def test_bench_without_a_drafter_may_compare_plain_decoding(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["bench", "--model", str(folder), "--drafter", "none", "--draft", "off", "--max-tokens", "4"]
+    assert main([*given, "--prompts", str(folder.parent / "prompts.jsonl"), "--no-mlx-lm"]) == 0
+    report = last_line(capsys)
+    assert report["identical"] is True and report["tokens_per_step"] == 1.0
 
 
 def test_tune_without_a_drafter_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

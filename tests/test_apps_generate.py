@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import redrafter_mlx
 from apps.cli import main
+from redrafter_mlx.auto import CostTable
 from tests import toy
 
 TEXTS = ["hello there", "abc", "what is it?"]
@@ -98,6 +101,50 @@ def test_a_prompt_too_long_is_found_before_the_first_one_runs(
     assert out == "" and err.startswith("error: prompt 1: ") and "512" in err
 
 
+@pytest.fixture(scope="module")
+def bare(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model without its drafter."""
+    path = tmp_path_factory.mktemp("bare") / "model"
+    shutil.copytree(folder, path, ignore=shutil.ignore_patterns("drafter"))
+    return path
+
+
+@pytest.mark.parametrize(("options", "notes"), [([], 1), (["--draft", "off"], 0), (["--drafter", "none"], 0)])
+def test_a_model_without_a_drafter_decodes_plainly_and_says_so_once(
+    bare: Path, prompts: Path, options: list[str], notes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["generate", "--model", str(bare), "--prompts", str(prompts), "--max-tokens", "4", *options]
+    assert main(given) == 0
+    out, err = capsys.readouterr()
+    assert err.count("has no drafter") == notes and "drafter" not in out
+
+
+def test_that_drafting_does_not_pay_is_said_once(
+    folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine on which a row more costs as much as a step."""
+    rows = {n: float(n) for n in (1, 2, 4, 8, 64)}
+    table = CostTable(rows, {1: 1.0}, {1: 1.0})
+    monkeypatch.setattr("redrafter_mlx.generation.cost_table", lambda *_: table)
+    given = ["generate", "--model", str(folder), "--prompts", str(prompts), "--max-tokens", "4"]
+    assert main([*given, "--draft", "2x3"]) == 0
+    assert "does not pay" not in capsys.readouterr().err
+    assert main(given) == 0
+    out, err = capsys.readouterr()
+    assert err.count("drafting does not pay") == 1 and "does not pay" not in out
+
+
+def test_freed_memory_is_kept_from_before_the_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    load = redrafter_mlx.load
+    monkeypatch.setattr("redrafter_mlx.kernels.keep_freed_memory", lambda: events.append("keep"))
+    monkeypatch.setattr(redrafter_mlx, "load", lambda *given: (events.append("load"), load(*given))[1])
+    assert main(["generate", "--model", str(folder), "abc", "--max-tokens", "2", "--draft", "off"]) == 0
+    assert events == ["keep", "load"]
+
+
 def test_demo_compares_and_says_identical(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--model", str(folder), "--draft", "2x3", "--max-tokens", "10"]) == 0
     out = capsys.readouterr().out
@@ -107,8 +154,6 @@ def test_demo_compares_and_says_identical(folder: Path, capsys: pytest.CaptureFi
 def test_demo_fails_when_the_texts_differ(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import redrafter_mlx
-
     original = redrafter_mlx.generate
 
     def wrong(*args: Any, **options: Any) -> Any:
@@ -124,12 +169,12 @@ def test_demo_fails_when_the_texts_differ(
 
 def test_marks_stand_around_runs_of_drafted_text(capsys: pytest.CaptureFixture[str]) -> None:
     from apps.demo import mark_drafted
-    from redrafter_mlx.decode import Stats
     from redrafter_mlx.generation import Chunk
+    from redrafter_mlx.stats import Stats
 
     pieces = [("I", False), (" am", True), ("", False), (" here", True), (" now", False)]
     chunks = [Chunk(text, 0, drafted, None, Stats()) for text, drafted in pieces]
-    mark_drafted(iter(chunks), colour=False)
+    mark_drafted(iter(chunks), color=False)
     assert capsys.readouterr().out == "I[ am here] now\n\n"
-    mark_drafted(iter(chunks), colour=True)
+    mark_drafted(iter(chunks), color=True)
     assert capsys.readouterr().out == "I\x1b[32m am here\x1b[0m now\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from apps.cli import main
 from apps.conversation import Conversation
 from apps.options import Settings
 from redrafter_mlx import Sampling, load
+from redrafter_mlx.auto import CostTable
 from redrafter_mlx.generation import Model
 from tests import toy
 
@@ -38,7 +40,7 @@ def _say(conversation: Conversation, text: str) -> str:
 
 @pytest.mark.parametrize("draft", ["off", "2x3"])
 def test_the_next_turn_reuses_all_that_was_processed(model: Model, draft: str) -> None:
-    """The toy's random bytes are mostly not UTF-8: tokenised anew, its text would be other ids."""
+    """The toy's random bytes are mostly not UTF-8: tokenized anew, its text would be other ids."""
     conversation = _conversation(model, draft)
     answer = _say(conversation, "hello")
     first = conversation.last
@@ -78,7 +80,7 @@ def test_what_was_said_before_a_stop_stays(model: Model) -> None:
     conversation = _conversation(model)
     stream = conversation.say("hello")
     said = next(stream).text + next(stream).text + next(stream).text
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": said}
     _say(conversation, "more")
     assert conversation.last is not None
@@ -155,6 +157,56 @@ def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
     assert signal.getsignal(signal.SIGINT) is handler
     assert "stopped" in capsys.readouterr().err
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 2
+
+
+def test_a_second_ctrl_c_while_text_is_printed_keeps_what_was_said(
+    model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises in `print`, outside of the stream, which must be closed all the same."""
+    conversation = _conversation(model, max_tokens=100)
+    printed: list[str] = []
+
+    def impatient(text: str = "", **options: object) -> None:
+        if options.get("file") is None:
+            printed.append(text)
+            if len(printed) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chat_module, "print", impatient, raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n"))
+    chat_module.run(conversation)
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
+    assert conversation.last is not None and conversation.last.generated_tokens == 3
+    assert not conversation.cache.in_use
+
+
+def test_that_drafting_does_not_pay_is_said_once(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = CostTable({n: float(n) for n in (1, 2, 4, 8, 64)}, {1: 1.0}, {1: 1.0})
+    monkeypatch.setattr("redrafter_mlx.generation.cost_table", lambda *_: table)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\n"))
+    assert main(["chat", "--model", str(folder), "--max-tokens", "4", "--seed", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("tokens per step") == 3
+    assert err.count("drafting does not pay") == 1 and "does not pay" not in out
+
+
+@pytest.mark.parametrize(("options", "notes"), [([], 1), (["--draft", "off"], 0), (["--drafter", "none"], 0)])
+def test_a_model_without_a_drafter_says_so_once(
+    folder: Path,
+    tmp_path: Path,
+    options: list[str],
+    notes: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("drafter"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main(["chat", "--model", str(bare), "--max-tokens", "4", *options]) == 0
+    assert capsys.readouterr().err.count("has no drafter") == notes
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_the_version_is_the_package_s() -> None:
         (["generate", "--max-tokens", "many", "x"], "--max-tokens"),
         (["generate", "--max-tokens", "0", "x"], "--max-tokens must be 1 or more, not 0"),
         (["generate", "--draft", "3by4", "x"], "'3by4'"),
-        (["generate", "--temperature", "-1", "x"], "temperature must be 0 or more, not -1.0"),
+        (["generate", "--temperature", "-1", "x"], "temperature must be a number, 0 or more, not -1.0"),
         (["generate", "--top-p", "1.5", "x"], "top_p"),
         (["generate", "--prompts", "/no/such/file"], "/no/such/file"),
         (["generate", "--prompts", "a.jsonl", "x"], "not both"),

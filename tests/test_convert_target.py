@@ -20,10 +20,10 @@ from mlx_lm.utils import load_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from convert.__main__ import main
-from redrafter_mlx.gguf import load_gguf
 from redrafter_mlx.loading import load
+from redrafter_mlx.loading.gguf import load_gguf
 from tests.test_convert_torch_file import write_torch
-from tests.test_gguf import METADATA, tensors_of, tiny_llama, write_gguf
+from tests.test_loading_gguf import METADATA, tensors_of, tiny_llama, write_gguf
 
 GOLDENS = Path(__file__).parent / "goldens"
 E00 = GOLDENS / "e2e" / "e00"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.toy import FAMILIES, VOCAB, make, make_drafter, make_target
@@ -10,9 +12,12 @@ from tests.toy import FAMILIES, VOCAB, make, make_drafter, make_target
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx.decode import Stats
+from redrafter_mlx import decode
+from redrafter_mlx.decode import Text, prefill, step
 from redrafter_mlx.generation import Model, PromptCache, generate, stream_generate
+from redrafter_mlx.policy import Fixed, Off
 from redrafter_mlx.sampling import Sampling
+from redrafter_mlx.tree import Beam
 
 DRAFTS = ["1x4", "3x4", "4x3@5", "8x5@16"]
 SETTINGS = {
@@ -43,15 +48,19 @@ def test_speculative_is_plain(family: str, setting: str) -> None:
         assert run(model, draft, SETTINGS[setting]) == plain, draft
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_window", "gemma3"])
-def test_speculative_is_plain_with_a_trained_like_drafter(family: str) -> None:
-    """A drafter that shares the target's head on its hidden state is right now and then, so paths branch."""
+def right_now_and_then(family: str) -> Model:
+    """With a drafter that shares the target's head on its hidden state: often right, so paths branch."""
     target = make_target(family)
     drafter = make_drafter(target, head="factored", num_draft_layers=0)
     weight = np.zeros((target.hidden_size, 2 * target.hidden_size), dtype=np.float32)
     weight[:, : target.hidden_size] = np.eye(target.hidden_size)
     drafter.lm_head[-1].weight = mx.array(weight) * 0.3
-    model = Model(target, drafter)
+    return Model(target, drafter)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_window", "gemma3"])
+def test_speculative_is_plain_with_a_trained_like_drafter(family: str) -> None:
+    model = right_now_and_then(family)
     for sampling in (Sampling(), Sampling(temperature=1.0, seed=11)):
         plain = run(model, "off", sampling, 120)
         accepted = 0
@@ -63,7 +72,7 @@ def test_speculative_is_plain_with_a_trained_like_drafter(family: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_cache(bits: int) -> None:
+def test_quantized_cache(bits: int) -> None:
     target = make_wide_head()
     model = Model(target, make_drafter(target))
     for sampling in (Sampling(), Sampling(temperature=0.8, seed=1)):
@@ -73,7 +82,7 @@ def test_quantised_cache(bits: int) -> None:
 
 
 def make_wide_head() -> object:
-    """A llama whose heads are as wide as a quantisation group."""
+    """A llama whose heads are as wide as a quantization group."""
     from mlx_lm.models.llama import Model as Llama
     from mlx_lm.models.llama import ModelArgs
 
@@ -98,96 +107,96 @@ def test_context_layers_reach_the_drafter() -> None:
 
 def test_long_prompt_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt longer than one prefill block gives what one block gives."""
-    import redrafter_mlx.decode as decode
-
     prompt = [(7 * i + i * i) % VOCAB for i in range(300)]
     for family in ("llama", "gemma3"):
         model = make(family)
         _, whole = generate(model, prompt, max_tokens=20, draft="3x4")
-        monkeypatch.setattr(decode, "PREFILL_BLOCK", 64)
+        monkeypatch.setattr(decode.prefill, "__defaults__", (64,))
         _, blocks = generate(model, prompt, max_tokens=20, draft="3x4")
         monkeypatch.undo()
         assert blocks.token_ids == whole.token_ids
 
 
-def test_one_synchronisation_per_step() -> None:
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], int]:
+    """How often Python waits for MLX's device in a call, counted round MLX itself."""
+    counted = [0]
+
+    def counting(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            counted[0] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        (mx, "eval"), (mx, "synchronize"), (mx.array, "item"), (mx.array, "tolist"), (mx.array, "__bool__"),
+        (mx.array, "__int__"), (mx.array, "__float__"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
+
+    def count(run: Callable[[], object]) -> int:
+        counted[0] = 0
+        run()
+        return counted[0]
+
+    return count
+
+
+Waits = Callable[[Callable[[], object]], int]
+
+
+def test_waits_are_counted(waits: Waits) -> None:
+    x = mx.zeros((2,))
+    assert waits(lambda: (x + 1).tolist()) == 1
+    assert waits(lambda: mx.eval(x + 1)) == 1
+    assert waits(lambda: (x[0] + 1).item()) == 1
+    assert waits(lambda: x + 1) == 0
+
+
+@pytest.mark.parametrize("draft", ["off", "1x4", "4x3@5", "8x5@16"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_one_wait_per_step(draft: str, setting: str, waits: Waits) -> None:
+    """Once the first step has built what later ones share."""
     model = make("llama")
-    for draft in ("off", "1x4", "3x4", "8x5@16"):
-        _, stats = generate(model, PROMPT, max_tokens=30, draft=draft)
-        assert stats.syncs == stats.steps
+    cache = model.target.new_cache()
+    policy = Off() if draft == "off" else Fixed(Beam.parse(draft))
+    text = Text(model.target, model.drafter, cache, policy, SETTINGS[setting], PROMPT, max_tokens=200)
+    prefill(model.target, text, PROMPT)
+    step(model.target, [text])
+    for _ in range(6):
+        assert waits(lambda: step(model.target, [text])) == 1
 
 
-def test_stats_add_up() -> None:
+def test_several_texts_in_one_step() -> None:
+    """Texts of different lengths, policies and seeds beside each other say what each says alone."""
     model = make("llama")
-    _, stats = generate(model, PROMPT, max_tokens=30, draft="3x4@7")
-    assert stats.drafted_tokens == 6 * stats.steps
-    assert stats.accepted_tokens == sum(stats.accepted_by_depth)
-    assert stats.tokens_per_step == pytest.approx(1 + stats.accepted_tokens / stats.steps)
-    assert stats.prompt_tokens == len(PROMPT) and stats.finish_reason == "length"
-    both = Stats()
-    for draft in ("off", "3x4@7"):
-        both.add(generate(model, PROMPT, max_tokens=30, draft=draft)[1])
-    assert (both.steps, both.syncs) == (29 + stats.steps, 29 + stats.steps)
-    assert both.acceptance == tuple(count / both.steps for count in stats.accepted_by_depth)
-    one, other = Stats(), Stats()
-    one.observe(4, 1)
-    other.observe(7, 2)
-    one.add(other)
-    assert (one.accepted_by_depth, one.drafted_tokens, one.tokens_per_step) == ([2, 1], 9, 2.5)
+    prompts = [PROMPT, [1, 2], [9, 8, 7, 6, 5, 4, 3]]
+    policies = [Fixed(Beam(3, 4)), Off(), Fixed(Beam(1, 3))]
+    settings = [Sampling(), Sampling(temperature=1.0, seed=4), Sampling(temperature=0.5, seed=9)]
+    texts, said = [], []
+    for prompt, policy, sampling in zip(prompts, policies, settings, strict=True):
+        text = Text(model.target, model.drafter, model.target.new_cache(), policy, sampling, prompt)
+        said.append([prefill(model.target, text, prompt)])
+        texts.append(text)
+    for _ in range(20):
+        for mine, gained in zip(said, step(model.target, texts), strict=True):
+            mine += gained
+    for prompt, sampling, tokens in zip(prompts, settings, said, strict=True):
+        _, stats = generate(model, prompt, max_tokens=len(tokens), sampling=sampling, draft="off")
+        assert stats.token_ids == tokens
 
 
-@pytest.mark.parametrize("draft", ["off", "3x4"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_prompt_cache_continues(family: str, draft: str) -> None:
-    """A second turn on the kept cache gives what a fresh one gives, and reuses what it shares."""
-    model, cache = make(family), PromptCache()
-    _, first = generate(model, PROMPT, max_tokens=10, draft=draft, cache=cache)
-    second_prompt = [*PROMPT, *first.token_ids, 3, 4]
-    _, second = generate(model, second_prompt, max_tokens=10, draft=draft, cache=cache)
-    _, fresh = generate(model, second_prompt, max_tokens=10, draft="off")
-    assert second.token_ids == fresh.token_ids
-    assert second.reused_tokens >= len(PROMPT) + 8
-
-
-def test_abandoned_stream_leaves_a_usable_cache() -> None:
-    model, cache = make("llama"), PromptCache()
-    stream = stream_generate(model, PROMPT, max_tokens=30, draft="3x4", cache=cache)
-    said = [next(stream).token for _ in range(4)]
-    stream.close()  # type: ignore[attr-defined]
-    assert cache.tokens == [*PROMPT, *said][: len(cache.tokens)]
-    assert cache.kv is not None and cache.kv.length == len(cache.tokens)
-    prompt = [*PROMPT, *said, 1]
-    _, again = generate(model, prompt, max_tokens=10, cache=cache)
-    assert again.token_ids == generate(model, prompt, max_tokens=10, draft="off")[1].token_ids
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_tokens": 0}, "max_tokens must be 1 or more"),
-        ({"max_tokens": 600}, "more than the context of 512"),
-        ({"draft": "3y4"}, "draft must be auto, off"),
-        ({"draft": "3x1"}, "length >= 2"),
-        ({"draft": "100x5@8"}, "beam width must be at most"),
-        ({"stop": ["x"]}, "need a tokenizer"),
-        ({"kv_bits": 7}, "kv_bits must be"),
-    ],
-)
-def test_refused_before_any_work(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        stream_generate(make("llama"), PROMPT, **options)
-
-
-def test_refuses_bad_prompts() -> None:
-    model = make("llama")
-    for prompt, message in (
-        ([], "empty"),
-        ([VOCAB], "0..63"),
-        ([-1], "0..63"),
-        ("hi", "no tokenizer"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            stream_generate(model, prompt)
+@pytest.mark.parametrize("draft", ["off", *DRAFTS])
+def test_an_end_inside_an_accepted_path_ends_the_text(draft: str) -> None:
+    """Whatever token of the plain text is made the end, nothing follows it, and the steps count what was emitted."""
+    model = right_now_and_then("llama")
+    plain = run(model, "off", Sampling(), 60)
+    for end in dict.fromkeys(plain):
+        model.eos_token_ids = frozenset([end])
+        _, stats = generate(model, PROMPT, max_tokens=60, draft=draft)
+        assert stats.token_ids == plain[: plain.index(end) + 1] and stats.finish_reason == "stop"
+        assert stats.decoded_tokens == stats.generated_tokens - 1
 
 
 @pytest.mark.parametrize("draft", ["off", "3x3@5"])

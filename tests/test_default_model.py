@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import redrafter_mlx as rd
-from redrafter_mlx import default_model
+from redrafter_mlx.loading import default_model
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_wrong_content_never_becomes_the_model(small: bytes, monkeypatch: pytest
     serve(monkeypatch, small + b"!")
     with pytest.raises(ValueError, match="has sha256"):
         default_model.default_model_path()
-    assert list(default_model.cache_dir().iterdir()) == []
+    assert list(default_model.cache_dir().iterdir()) == []  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("size", [0, 10, 400])

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from redrafter_mlx.prompts import Request, read_requests, user
+import redrafter_mlx  # noqa: F401  (before mlx)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from redrafter_mlx.prompts import Request, encode_prompt, read_requests, user
 
 
 def _file(folder: Path, *lines: str) -> Path:
@@ -66,3 +72,95 @@ def test_the_system_message_goes_first_unless_there_is_one() -> None:
         user("hi"),
     ]
     assert Request(0, [system, user("hi")]).messages("be brief") == [system, user("hi")]
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ('{"prompt": "x", "max_tokens": 3}', "'max_tokens'"),
+        ('{"prompt": "x", "temperature": 1, "stop": []}', "'stop', 'temperature'"),
+        ('{"prompt": "x", "messages": []}', "messages and prompt"),
+        ("[", "not an array"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_nothing_in_a_line_is_ignored(tmp_path: Path, line: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        read_requests(_file(tmp_path, line))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf"one"\r\n"two"\r\n')
+    assert [request.prompt for request in read_requests(path)] == ["one", "two"]
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'"one"\n"caf\xe9"\n')
+    with pytest.raises(ValueError, match=":2: not UTF-8"):
+        read_requests(path)
+
+
+class Words:
+    """A tokenizer of words with a beginning-of-text token 0 and a chat template that wants users first."""
+
+    has_chat_template, bos_token = True, "<s>"
+    vocabulary = ("<s>", "<user>", "hi", "you")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        found = [self.vocabulary.index(word) for word in text.split()]
+        return [0, *found] if add_special_tokens else found
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> str:
+        import jinja2
+
+        if messages[0]["role"] != "user":
+            raise jinja2.TemplateError("Conversations must begin with a user")
+        return "<s> " + " ".join(f"<{m['role']}> {m['content']}" for m in messages)
+
+
+def ids(prompt: object, raw: bool = False) -> list[int]:
+    return encode_prompt(Words(), prompt, raw, 4, "words")
+
+
+def test_a_prompt_in_every_form() -> None:
+    assert ids("hi") == [0, 1, 2]
+    assert ids("hi you", raw=True) == [0, 2, 3]
+    assert ids("<s> hi", raw=True) == [0, 2], "no second beginning"
+    assert ids([{"role": "user", "content": [{"type": "text", "text": "hi "}, {"text": "you"}]}]) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert (
+        ids([2, 3]) == ids(np.array([2, 3])) == ids(list(np.array([2, 3]))) == ids(mx.array([2, 3])) == [2, 3]
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rule"),
+    [
+        (None, "must be a string, messages, or token ids, not None"),
+        (b"hi", "must be a string, messages, or token ids"),
+        (7, "must be a string, messages, or token ids, not 7"),
+        ([], "empty"),
+        ([1.5], "token ids must be integers"),
+        ([True], "token ids must be integers"),
+        ([4], "must lie in 0..3, not 4"),
+        ([-1], "must lie in 0..3, not -1"),
+        (["hi"], "needs 'role' and 'content'"),
+        ([{"role": "user"}], "needs 'role' and 'content'"),
+        ([{"role": "user", "content": None}], "must be text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "must be text"),
+        (
+            [{"role": "system", "content": "hi"}],
+            "refuses this conversation: Conversations must begin with a user",
+        ),
+        ("hi \ud800", "character"),
+    ],
+)
+def test_a_prompt_that_is_none(prompt: object, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        ids(prompt)

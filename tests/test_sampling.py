@@ -12,8 +12,8 @@ import numpy as np
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from redrafter_mlx.generation import generate
-from redrafter_mlx.sampling import PositionNoise, Sampling, TokenCounts, choose, filtered, gumbel, penalised
-from redrafter_mlx.topk import top_k
+from redrafter_mlx.sampling import PositionNoise, Sampler, Sampling, choose, filtered, gumbel, penalized
+from redrafter_mlx.tree import TokenTree
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
@@ -96,13 +96,12 @@ def test_greedy_is_argmax() -> None:
 
 def test_penalties_use_each_nodes_own_history() -> None:
     logits = mx.array([[2.0, -2.0, 1.0, 1.0]] * 3)
-    counts = TokenCounts.of([0], 4)
-    tokens = mx.array([1, 2, 3])  # root 1, branches 2 and 3
     mask = mx.array([[True, False, False], [True, True, False], [True, False, True]])
-    sampling = Sampling(
-        repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 10.0}
-    )
-    got = penalised(logits, sampling, counts, tokens, mask)
+    parents, depth = mx.array([0, 0, 0]), mx.array([0, 1, 1])
+    tree = TokenTree(mx.array([1, 2, 3]), parents, depth, mask, 1)  # root 1, branches 2 and 3
+    sampling = Sampling(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    bias = mx.array([0.0, 0.0, 0.0, 10.0])
+    got = penalized(logits, sampling, mx.array([1.0, 0, 0, 0]), mx.zeros((4,)), tree, bias)
     # token 0 was in the prompt only: repetition alone; token 1 is in all histories
     want = [
         [1.0, -4.75, 1.0, 11.0],
@@ -112,31 +111,35 @@ def test_penalties_use_each_nodes_own_history() -> None:
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_counts_add_up() -> None:
-    counts = TokenCounts.of([1, 1, 2], VOCAB)
-    counts.add(mx.array([5, 5, 6]))
-    assert counts.prompt[:3].tolist() == [0, 2, 1] and counts.generated[5:7].tolist() == [2, 1]
+def test_a_samplers_counts_add_up() -> None:
+    """Two tokens said once and twice are held back once and twice; those of the prompt are not."""
+    sampler = Sampler(Sampling(frequency_penalty=1.0, logit_bias={9: 0.5}), VOCAB, [3, 3, 4])
+    sampler.commit(mx.array([5, 6, 6]))
+    logits = mx.zeros((1, VOCAB))
+    logits[0, 3], logits[0, 5], logits[0, 6] = 0.1, 1.4, 2.6
+    assert sampler.first(logits, None).item() == 6
+    sampler.commit(mx.array([6]))
+    assert sampler.first(logits, None).item() == 9
 
 
-@pytest.mark.parametrize("size", [5, 64, 100, 8191, 8192, 49152])
-@pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_top_k_search(size: int, k: int) -> None:
-    mx.random.seed(size * k)
-    x = mx.random.normal((size,))
-    values, index = top_k(x, k)
-    want = np.sort(np.array(x))[::-1][:k]
-    np.testing.assert_array_equal(values, want)
-    np.testing.assert_array_equal(x[index], want)
+def test_bias_of_many_tokens_is_one_addition() -> None:
+    sampling = Sampling(logit_bias={token: -1e6 for token in range(VOCAB) if token != 11})
+    sampler = Sampler(sampling, VOCAB, [1])
+    assert sampler.first(mx.random.normal((1, VOCAB)), None).item() == 11
 
 
 @pytest.mark.parametrize(
     "values",
     [
         {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2},
-        {"seed": -1}, {"seed": 2**64}, {"repetition_penalty": 0},
+        {"seed": -1}, {"seed": 2**64}, {"seed": 1.5}, {"seed": True}, {"top_k": True}, {"top_k": 2.0},
+        {"temperature": "1"}, {"temperature": float("inf")}, {"repetition_penalty": 0},
+        {"repetition_penalty": float("inf")}, {"presence_penalty": float("nan")},
+        {"frequency_penalty": float("-inf")}, {"logit_bias": {3: float("nan")}}, {"logit_bias": {"a": 1.0}},
+        {"logit_bias": {3.5: 1.0}}, {"logit_bias": [1, 2]},
     ],
 )  # fmt: skip
-def test_impossible_settings(values: dict[str, float]) -> None:
+def test_impossible_settings(values: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         Sampling(**values)
 
@@ -155,3 +158,30 @@ def test_noise_buffer_gives_every_position_its_own_row() -> None:
     for low, positions in ((4, [4]), (5, [6, 7, 5]), (7, [20, 8]), (30, [31]), (31, [31, 33])):
         got = buffer.at(mx.array(positions, dtype=mx.int32), low, max(positions) + 1)
         assert mx.array_equal(got, gumbel(9, mx.array(positions, dtype=mx.int32), 50))
+
+
+def test_bias_of_a_token_that_is_not_there_is_refused_before_any_work() -> None:
+    model = make("llama")
+    for token in (-1, VOCAB):
+        with pytest.raises(ValueError, match=f"logit_bias must name tokens in 0..{VOCAB - 1}, not {token}"):
+            generate(model, [1], sampling=Sampling(logit_bias={token: 1.0}))
+
+
+def test_keys_as_json_has_them() -> None:
+    assert Sampling(logit_bias={"7": 2}).logit_bias == {7: 2.0}  # type: ignore[dict-item]
+
+
+def test_extremes_take_the_most_probable_token() -> None:
+    logits = mx.random.normal((6, VOCAB)) * 3
+    noise = gumbel(1, mx.arange(6, dtype=mx.int32), VOCAB)
+    want = mx.argmax(logits, axis=-1).tolist()
+    assert choose(logits, Sampling(temperature=1e-40, seed=1), noise).tolist() == want
+    assert choose(logits, Sampling(temperature=1.0, top_p=0.0, seed=1), noise).tolist() == want
+    assert choose(logits, Sampling(temperature=1.0, top_k=1, seed=1), noise).tolist() == want
+
+
+def test_all_bits_of_a_seed_count() -> None:
+    position = mx.arange(3, dtype=mx.int32)
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1]
+    rows = [tuple(gumbel(seed, position, 8).reshape(-1).tolist()) for seed in seeds]
+    assert len(set(rows)) == len(seeds)

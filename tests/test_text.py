@@ -9,26 +9,23 @@ from redrafter_mlx.text import TextStream, _overlap
 
 
 class Pieces:
-    """A detokenizer whose tokens are indices into a list of strings."""
+    """A tokenizer whose tokens are indices into a list of strings, or of bytes."""
 
-    def __init__(self, pieces: list[str]) -> None:
-        self.pieces, self.last_segment = pieces, ""
+    def __init__(self, pieces: list[str] | list[bytes]) -> None:
+        self.pieces = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
 
-    @property
-    def detokenizer(self) -> Pieces:
-        return self
-
-    def reset(self) -> None:
-        self.last_segment = ""
-
-    def add_token(self, token: int) -> None:
-        self.last_segment = self.pieces[token]
-
-    def finalize(self) -> None:
-        self.last_segment = ""
+    def decode(self, tokens: list[int]) -> str:
+        return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
 
 
-def run(pieces: list[str], *stop: str) -> tuple[list[str], bool]:
+class Trimming(Pieces):
+    """One that drops the space at the beginning of a text, as SentencePiece does."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return super().decode(tokens).removeprefix(" ")
+
+
+def run(pieces: list[str] | list[bytes], *stop: str) -> tuple[list[str], bool]:
     stream = TextStream(Pieces(pieces), stop)
     out = []
     for token in range(len(pieces)):
@@ -63,3 +60,22 @@ def test_overlap() -> None:
     assert [_overlap("xaab", "aabaac"), _overlap("xa", "aab"), _overlap("x", "ab"), _overlap("ab", "ab")] == [
         3, 1, 0, 0,
     ]  # fmt: skip
+
+
+def test_a_character_in_several_tokens_comes_whole() -> None:
+    pieces = [bytes([byte]) for byte in "a\u20acb\U0001f600".encode()]
+    assert run(pieces)[0] == ["a", "", "", "\u20ac", "b", "", "", "", "\U0001f600", ""]
+
+
+def test_bytes_that_are_no_character_do_not_hold_up_the_rest() -> None:
+    out, _ = run([b"\xff"] * 8 + [b"x"])
+    assert "".join(out) == "\ufffd" * 8 + "x"
+
+
+def test_the_first_space_is_kept() -> None:
+    """Where a tokenizer drops it at the beginning of a text, the prompt before it shows that it is no beginning."""
+    pieces = [" ends", " with", " Q", " w", "o", " rds"]
+    stream = TextStream(Trimming(pieces), [], [0, 1, 2])
+    assert [stream.add(token) for token in (3, 4, 5)] == [" w", "o", " rds"]
+    stream = TextStream(Trimming(pieces), [" w"], [0, 1, 2])
+    assert (stream.add(3), stream.stopped) == ("", True)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import redrafter_mlx  # noqa: F401  (takes over the BLAS before mlx loads)
+import redrafter_mlx  # noqa: F401  (loads a BLAS before mlx)
 
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.rope_utils import initialize_rope
 
-from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter, save_drafter
+from redrafter_mlx.drafters.kinds import save_drafter
+from redrafter_mlx.drafters.recurrent import DrafterConfig, RecurrentDrafter
 from redrafter_mlx.generation import Model
 from redrafter_mlx.target import Target
 
@@ -83,25 +87,67 @@ def make_model(family: str = "llama", seed: int = 0, **changes: Any) -> nn.Modul
     return model
 
 
-def make_target(family: str = "llama", seed: int = 0) -> Target:
-    return Target(make_model(family, seed), f"tiny-{family}", max_length=512)
+def make_target(family: str = "llama", seed: int = 0, **changes: Any) -> Target:
+    return Target(make_model(family, seed, **changes), f"tiny-{family}", max_length=512)
+
+
+def make_wide_head(head_size: int = 64) -> Target:
+    """A llama whose one head is as wide as a group of a quantized KV cache; its logits are small."""
+    from mlx_lm.models import llama
+
+    mx.random.seed(3)
+    args = llama.ModelArgs(
+        model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=1,
+        rms_norm_eps=1e-5, vocab_size=VOCAB, head_dim=head_size,
+    )  # fmt: skip
+    model = llama.Model(args)
+    model.model.embed_tokens.weight = mx.random.normal((VOCAB, 64)) * 0.5
+    model.eval()
+    return Target(model, "wide", 512)
 
 
 def make_drafter(target: Target, seed: int = 1, **changes: Any) -> RecurrentDrafter:
-    """A random drafter of the target's sizes: nearly always wrong, which exactness must not notice."""
+    """A random drafter of the target's sizes, attached: nearly always wrong, which exactness must not notice.
+
+    It is in training mode, so its weights can be changed; `eval()` and another `attach` optimize their layout.
+    """
     values: dict[str, Any] = {
         "vocab_size": target.vocab_size, "hidden_size": target.hidden_size, "exit_dim": 2 * target.hidden_size,
         "num_draft_layers": 1, "embedding_scale": target.embedding_scale, **changes,
     }  # fmt: skip
     mx.random.seed(seed)
     drafter = RecurrentDrafter(DrafterConfig(**values))
-    target.watch(drafter.config.context_layers)
-    return drafter.bind(target)
+    drafter.attach(target)
+    return drafter
 
 
-def make(family: str = "llama", seed: int = 0, **changes: Any) -> Model:
-    target = make_target(family, seed)
+def make(family: str = "llama", seed: int = 0, head_dim: int | None = None, **changes: Any) -> Model:
+    """A model with a drafter; `changes` are those of `make_drafter`."""
+    target = make_target(family, seed, **({} if head_dim is None else {"head_dim": head_dim}))
     return Model(target, make_drafter(target, **changes))
+
+
+@dataclass(frozen=True)
+class RopeCase:
+    make: Callable[[], nn.Module]
+    """A rope for heads of 16."""
+    rotates_halves: bool
+    """True where it rotates the two halves of a vector, so that a table serves."""
+
+
+_LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+ROPES = {
+    "plain": RopeCase(lambda: nn.RoPE(16), True),
+    "scaled": RopeCase(lambda: nn.RoPE(16, base=500.0, scale=0.25), True),
+    "llama3": RopeCase(lambda: initialize_rope(16, 10000.0, False, _LLAMA3, 512), True),
+    "yarn, which scales too": RopeCase(lambda: initialize_rope(16, 10000.0, False, _YARN, 512), True),
+    "pairs side by side": RopeCase(lambda: nn.RoPE(16, traditional=True), False),
+    "half of the vector": RopeCase(lambda: nn.RoPE(8), False),
+}
 
 
 CHAT_TEMPLATE = (

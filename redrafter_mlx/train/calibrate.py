@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx.activation import exponential
-from redrafter_mlx.drafter import RecurrentDrafter
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.kernels import exponential
 from redrafter_mlx.target import Target
 
 from .loss import Batch, depth_features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from redrafter_mlx.drafter import DrafterConfig
+from redrafter_mlx.drafters.recurrent import DrafterConfig
 
 
 def card(config: DrafterConfig, record: dict[str, Any]) -> str:

@@ -137,8 +137,8 @@ class _Batch:
 
     def forward(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """tokens (B, T) -> logits (B, V) and contexts (B, C) of the last one."""
-        logits = self.target.model(tokens, cache=self.cache)[:, -1].astype(mx.float32)
-        contexts = self.target._context()[:, -1].astype(mx.float16)
+        all_logits, all_contexts = self.target.forward(tokens, self.cache)
+        logits, contexts = all_logits[:, -1].astype(mx.float32), all_contexts[:, -1].astype(mx.float16)
         mx.eval(logits, contexts)
         return logits, contexts
 

@@ -21,8 +21,9 @@ from typing import cast
 
 import mlx.core as mx
 
-from redrafter_mlx.activation import exponential, silu
-from redrafter_mlx.drafter import Embed, RecurrentDrafter
+from redrafter_mlx.drafters.interface import Embed
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.kernels import exponential, silu
 
 LOGIT_BYTES = 64 << 20
 """Size of a block of logits at most."""

@@ -13,36 +13,33 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx.decode import Stats
-from redrafter_mlx.drafter import Embed, RecurrentDrafter
-from redrafter_mlx.search import search
-from redrafter_mlx.tree import Beam
+from redrafter_mlx.drafters.beam import search
+from redrafter_mlx.drafters.interface import Embed, Seen
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter, Rnn
+from redrafter_mlx.stats import Stats
+from redrafter_mlx.tree import NEVER, Beam
 
 from .corpus import Corpus
 
 
 def num_accepted(
-    tokens: np.ndarray, slots: np.ndarray, logprobs: np.ndarray, nodes: int, truth: list[int]
+    tokens: np.ndarray, parents: np.ndarray, logprobs: np.ndarray, nodes: int, truth: list[int]
 ) -> int:
-    """How many tokens of `truth` a search has found among its nodes - 1 most probable candidates.
+    """How many tokens of `truth` a draft has found among the nodes - 1 most probable candidates that it offers.
 
     Args:
-        tokens, slots, logprobs: (L-1, W), see `redrafter_mlx.tree.Levels`.
+        tokens, parents, logprobs: (P,), see `redrafter_mlx.tree.Candidates`.
     """
-    width = tokens.shape[1]
-    best = np.argsort(-logprobs.reshape(-1), kind="stable")[: nodes - 1]
-    kept = np.isin(np.arange(tokens.size), best).reshape(tokens.shape)
-    slot = -1
-    for depth, token in enumerate(truth[: len(tokens)]):
-        match = [
-            w
-            for w in range(width)
-            if tokens[depth, w] == token and kept[depth, w] and (depth == 0 or slots[depth, w] == slot)
-        ]
-        if not match:
+    kept = np.zeros(tokens.size, dtype=bool)
+    kept[np.argsort(-logprobs, kind="stable")[: nodes - 1]] = True
+    kept &= logprobs > NEVER / 2
+    at = -1
+    for depth, token in enumerate(truth):
+        match = np.flatnonzero(kept & (parents == at) & (tokens == token))
+        if not match.size:
             return depth
-        slot = match[0]
-    return min(len(truth), len(tokens))
+        at = match[0]
+    return len(truth)
 
 
 def replay(
@@ -54,16 +51,19 @@ def replay(
         contexts: (n, C); contexts[j] is the state in which the target chose tokens[j].
     """
     nodes = min(beam.nodes or beam.most_nodes, beam.most_nodes)
-    position = 0
+    recurrence, position = Rnn(drafter, embed), 0
     while position + beam.length <= len(tokens):
         context = mx.array(contexts[position]).astype(mx.float32)
         root = mx.array(tokens[position], dtype=mx.int32)
-        levels = search(drafter, context, root, embed, width=beam.width, length=beam.length)
-        mx.eval(levels.tokens, levels.slots, levels.logprobs)
+        found = search(recurrence, Seen(context, root, None), beam)
+        mx.eval(found.tokens, found.parents, found.logprobs)
         accepted = num_accepted(
-            np.array(levels.tokens), np.array(levels.slots), np.array(levels.logprobs), nodes,
+            np.array(found.tokens),
+            np.array(found.parents),
+            np.array(found.logprobs),
+            nodes,
             tokens[position + 1 : position + beam.length],
-        )  # fmt: skip
+        )
         yield accepted
         position += accepted + 1
 
@@ -74,14 +74,13 @@ def replayed(
     """What decoding one greedy text takes; arguments as `replay`."""
     stats = Stats()
     for accepted in replay(drafter, embed, contexts, tokens, beam):
-        stats.observe(beam.nodes or beam.most_nodes, accepted)
+        stats.observe(beam.nodes or beam.most_nodes, accepted + 1)
     return stats
 
 
 def held_out(drafter: RecurrentDrafter, embed: Embed, corpus: Corpus, beam: Beam, limit: int) -> Stats:
     """What decoding with the drafter brings on about `limit` tokens of held-out answers."""
-    drafter.settle()
-    stats = Stats()
+    drafter, stats = drafter.frozen(), Stats()
     for contexts, tokens in corpus.held_out_answers(limit):
         stats.add(replayed(drafter, embed, contexts, tokens, beam))
     return stats

@@ -12,16 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
-from redrafter_mlx.drafter import (
-    DrafterConfig,
-    RecurrentDrafter,
-    load_drafter,
-    quantize_drafter,
-    save_drafter,
-    with_config,
-)
+from redrafter_mlx.drafters.kinds import load_recurrent, save_drafter
+from redrafter_mlx.drafters.recurrent import DrafterConfig, RecurrentDrafter, changed, quantize
+from redrafter_mlx.files import weight_bytes
 from redrafter_mlx.target import Target
 from redrafter_mlx.tree import Beam
 
@@ -30,7 +25,7 @@ from .corpus import Corpus
 from .data import Generator, Recipe, Text
 from .prompts import Messages, read_excluded, read_prompts
 from .replay import held_out
-from .trainer import Progress, Settings, Trainer, choose_vocabulary, new_drafter
+from .trainer import Settings, Trainer, choose_vocabulary, new_drafter
 
 CALIBRATION_POSITIONS = 4000
 
@@ -109,21 +104,6 @@ def default_exit_dim(hidden_size: int) -> int:
     return max(64, width // 64 * 64)
 
 
-def weights_per_step(config: DrafterConfig, length: int) -> int:
-    """Weights a drafter reads in a decode step with beams of `length` tokens, root included."""
-    size, exit_dim = config.hidden_size, config.exit_dim
-    level = config.num_draft_layers * exit_dim**2
-    if config.rnn:
-        level += 2 * size**2
-    has_projection = exit_dim != config.context_size + size
-    level += exit_dim * size if has_projection else 0
-    if config.head == "factored":
-        level += exit_dim * size + config.draft_vocab * size
-    else:
-        level += config.draft_vocab * exit_dim
-    return (length - 1) * level + (exit_dim * config.context_size if has_projection else 0)
-
-
 def default_context_layers(num_layers: int) -> tuple[int, ...]:
     """A low, a middle and a high layer, as EAGLE-3 (arXiv 2503.01840) takes them."""
     return tuple(sorted({num_layers // 5, max(0, num_layers // 2 - 1), 3 * num_layers // 4}))
@@ -174,7 +154,7 @@ def make_trainer(target: Target, request: Request) -> Trainer:
     if request.start_from is None:
         drafter = new_drafter(request.shape.config(target), target, corpus, request.settings.seed)
     else:
-        drafter = load_drafter(request.start_from, mx.float32)
+        drafter = load_recurrent(request.start_from, mx.float32)
         if drafter.config.quantization:
             raise ValueError(f"{request.start_from} is quantised: go on from what it was made of")
         if request.vocabulary is not None:
@@ -184,21 +164,11 @@ def make_trainer(target: Target, request: Request) -> Trainer:
                     f"can take another of {request.vocabulary} tokens"
                 )
             choose_vocabulary(drafter, corpus, request.vocabulary or drafter.config.vocab_size)
-        drafter.bind(target).freeze(keys=["d2t"], recurse=False)
-        with_config(drafter, calibration=())  # that of the old weights
+        drafter.train()
+        drafter.attach(target)
+        drafter.freeze(keys=["d2t"], recurse=False)
+        drafter.config = changed(drafter.config, calibration=())  # that of the old weights
     return Trainer(drafter, target, corpus, request.out, request.settings)
-
-
-def train_drafter(
-    target: Target,
-    tokenizer: Any,
-    request: Request,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> float:
-    """Do all of it; an interrupted call, made again, continues. Returns held-out tokens per
-    step."""
-    write_data(target, tokenizer, request)
-    return make_trainer(target, request).run(on_progress)
 
 
 def half(drafter: RecurrentDrafter) -> RecurrentDrafter:
@@ -207,11 +177,6 @@ def half(drafter: RecurrentDrafter) -> RecurrentDrafter:
         tree_map(lambda a: a.astype(mx.float16) if a.dtype == mx.float32 else a, drafter.parameters())
     )
     return drafter
-
-
-def file_bytes(drafter: RecurrentDrafter) -> int:
-    """Size of its weights."""
-    return sum(a.nbytes for a in dict(tree_flatten(drafter.parameters())).values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +197,9 @@ def export(source: Path, out: Path, target: Target, corpus: Corpus, bits: int | 
     """
     if bits not in (None, 4, 8):
         raise ValueError(f"bits must be 4 or 8, not {bits}")
-    drafter = load_drafter(source, mx.float32).bind(target)
+    drafter = load_recurrent(source, mx.float32)
+    drafter.train()  # its weights are not final
+    drafter.attach(target)
     depths = int(drafter.config.training.get("objective", {}).get("depths", 4))
     settings = Settings()
     rows = target.output_rows(drafter.target_ids()).astype(mx.float32)
@@ -246,12 +213,14 @@ def export(source: Path, out: Path, target: Target, corpus: Corpus, bits: int | 
         half(drafter)
     else:
         group_size = 64 if np.gcd(drafter.config.hidden_size, drafter.config.exit_dim) % 64 == 0 else 32
-        quantize_drafter(drafter, bits, group_size)
-        with_config(drafter, quantization={"bits": bits, "group_size": group_size})
+        quantization = {"bits": bits, "group_size": group_size}
+        quantize(drafter, quantization)
+        drafter.config = changed(drafter.config, quantization=quantization)
     after = score()
     if corpus.num_held_out:
         batches = corpus.held_out(settings.shape, CALIBRATION_POSITIONS)
-        with_config(drafter, calibration=calibrate(drafter, target, rows, batches, depths))
+        calibration = calibrate(drafter, target, rows, batches, depths)
+        drafter.config = changed(drafter.config, calibration=calibration)
     card = source / "README.md"
     save_drafter(drafter, out, [(card.name, card.read_text())] if card.is_file() else [])
-    return Export(before, after, file_bytes(drafter))
+    return Export(before, after, weight_bytes(drafter))

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from redrafter_mlx.drafter import RecurrentDrafter
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.target import Target
 
 from .corpus import Corpus

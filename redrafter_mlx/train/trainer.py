@@ -25,7 +25,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from redrafter_mlx.drafter import DrafterConfig, RecurrentDrafter, save_drafter, with_config
+from redrafter_mlx.drafters.kinds import save_drafter
+from redrafter_mlx.drafters.recurrent import DrafterConfig, RecurrentDrafter, changed
 from redrafter_mlx.files import new_file, read_safetensors, write_safetensors
 from redrafter_mlx.target import Target
 from redrafter_mlx.tree import Beam
@@ -97,21 +98,22 @@ class Progress:
 
 
 def new_drafter(config: DrafterConfig, target: Target, corpus: Corpus, seed: int = 0) -> RecurrentDrafter:
-    """A drafter before training, bound to its target; a reduced vocabulary is the corpus' commonest tokens."""
+    """A drafter before training, attached to its target; a reduced vocabulary is the corpus' commonest tokens."""
     mx.random.seed(seed)
     drafter = RecurrentDrafter(config)
     if config.draft_vocab_size is not None:
         choose_vocabulary(drafter, corpus, config.draft_vocab_size)
     start(drafter, Scaling.of(corpus, target))
     mx.eval(drafter.parameters())
-    return drafter.bind(target)
+    drafter.attach(target)
+    return drafter
 
 
 def choose_vocabulary(drafter: RecurrentDrafter, corpus: Corpus, size: int) -> None:
-    """Make the `size` commonest tokens of the corpus, by frequency, the drafter's vocabulary (bind it after). The
+    """Make the `size` commonest tokens of the corpus, by frequency, the drafter's vocabulary (attach it after). The
     rows of a full head are not moved, so one that was trained must keep its vocabulary.
     """
-    with_config(drafter, draft_vocab_size=size)
+    drafter.config = changed(drafter.config, draft_vocab_size=size)
     counts = corpus.token_counts(drafter.config.vocab_size)
     ids = np.argsort(-counts, kind="stable")[:size]
     drafter.d2t = mx.array(ids - np.arange(len(ids)), dtype=mx.int32)
@@ -296,7 +298,7 @@ class Trainer:
             "step": record["step"],
             "held_out_tokens_per_step": round(record["tokens_per_step"], 4),
         }
-        with_config(self.drafter, training=training)
+        self.drafter.config = changed(self.drafter.config, training=training)
         save_drafter(self.drafter, self.folder, [("README.md", card(self.drafter.config, record))])
 
     def _save_last(self) -> None:

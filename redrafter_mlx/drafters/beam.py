@@ -1,0 +1,176 @@
+"""Beam search through anything that guesses level by level, on the device: W tokens a level, no host work in between.
+
+The target draws its token at position p as argmax(log p + gumbel(seed, p)). The drafter adds the same noise to its own
+logits, so that it guesses what the target will draw and not what is likely on average: scores = log softmax((logits / c
++ T gumbel) / tau), c the depth's calibration, tau = 1 at T = 0 (docs/algorithm.md, "Sampling").
+
+Letters: W beam width, L beam length counting the root, V the drafter's vocabulary, C context size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import mlx.core as mx
+
+from redrafter_mlx.tree import NEVER, Beam, Candidates
+
+from .interface import Seen
+from .top_k import top_k
+
+SAMPLING_TAU = 1.15  # softens the noisy scores; how it was found: docs/algorithm.md, "Sampling"
+
+S = TypeVar("S")
+
+
+class Recurrence(Protocol[S]):
+    """What a beam search drives. `S` is whatever state it carries from level to level."""
+
+    @property
+    def vocab(self) -> int:
+        """V, tokens that it can guess."""
+
+    @property
+    def target_ids(self) -> mx.array | None:
+        """(V,) int32, the target's id of each; None where they are the same."""
+
+    @property
+    def calibration(self) -> Sequence[float]:
+        """Temperature by depth that makes its probabilities true ones; past the end: 1."""
+
+    def begin(self, context: mx.array, root: mx.array) -> S:
+        """State after the root. context (C,), root () int32."""
+
+    def logits(self, state: S, level: int) -> mx.array:
+        """(1, V) at level 0, (W, V) below: logits for the token after each beam so far; float32."""
+
+    def advance(self, state: S, slots: mx.array, tokens: mx.array, level: int) -> S:
+        """State after tokens (W,), target ids, each behind the beam in its slot (W,) of the level before."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Levels:
+    """What a search leaves behind: W tokens per level and the slot of each one's parent."""
+
+    tokens: mx.array
+    """(L-1, W) int32, target ids, most probable first within a level"""
+    slots: mx.array
+    """(L-1, W) int32: slot of the parent in the level before; 0 in the first level (the root)"""
+    logprobs: mx.array
+    """(L-1, W) float32: log-probability of the path from the root"""
+
+
+def search(recurrence: Recurrence[Any], seen: Seen, beam: Beam) -> Candidates:
+    """The W most probable continuations at every level, P = W (L-1) candidates: level l, slot w at l W + w.
+
+    Where `beam.nodes` is None, only those on a beam that survives to the last level are offered.
+
+    Raises:
+        ValueError: more beams than the drafter has tokens.
+    """
+    return _candidates(_search(recurrence, seen, beam.width, beam.length), beam)
+
+
+def beams(
+    recurrence: Recurrence[Any], context: mx.array, root: int, width: int, length: int
+) -> tuple[mx.array, mx.array]:
+    """The beams that survive, (W, L) int32 with the root in column 0, best first, and their log-probabilities (W,).
+
+    Raises:
+        ValueError: more beams than the drafter has tokens.
+    """
+    levels = _search(recurrence, Seen(context, mx.array(root, dtype=mx.int32), None), width, length)
+    slot = mx.arange(width, dtype=mx.int32)
+    columns = []
+    for level in range(length - 2, -1, -1):
+        columns.append(levels.tokens[level][slot])
+        slot = levels.slots[level][slot]
+    columns.append(mx.full((width,), root, dtype=mx.int32))
+    return mx.stack(columns[::-1], axis=1), levels.logprobs[-1]
+
+
+def _search(recurrence: Recurrence[Any], seen: Seen, width: int, length: int) -> _Levels:
+    vocab, ids = recurrence.vocab, recurrence.target_ids
+    if width > vocab:
+        raise ValueError(f"beam width must be at most the drafter's vocabulary {vocab}, not {width}")
+    noise = seen.noise
+    if noise is not None and ids is not None:
+        noise = mx.take(noise, ids, axis=1)
+    tokens, slots, logprobs = [], [], []
+    state, total = recurrence.begin(seen.context, seen.root), mx.zeros((1, 1))
+    for level in range(length - 1):
+        logits = recurrence.logits(state, level)
+        scores = total + _logprobs(logits, recurrence.calibration, level, noise)
+        best, index = top_k(scores.reshape(-1), width)
+        slot, token = index // vocab, index % vocab
+        token = token if ids is None else ids[token]
+        tokens.append(token)
+        slots.append(slot)
+        logprobs.append(best)
+        if level < length - 2:
+            state = recurrence.advance(state, slot, token, level)
+            total = best[:, None]
+    return _Levels(mx.stack(tokens), mx.stack(slots), mx.stack(logprobs))
+
+
+def _logprobs(logits: mx.array, calibration: Sequence[float], level: int, noise: mx.array | None) -> mx.array:
+    if level < len(calibration):
+        logits = logits / calibration[level]
+    if noise is not None:
+        logits = (logits + noise[level]) / SAMPLING_TAU
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _candidates(levels: _Levels, beam: Beam) -> Candidates:
+    height, width = levels.tokens.shape
+    if width == 1:
+        parents = mx.arange(-1, height - 1, dtype=mx.int32)
+        return Candidates(levels.tokens[:, 0], parents, levels.logprobs[:, 0], height, is_chain=True)
+    first = (mx.arange(height, dtype=mx.int32) - 1)[:, None] * width  # index of the level above's first slot
+    parents = mx.where(first < 0, -1, first + levels.slots)
+    logprobs = levels.logprobs
+    if beam.nodes is None:
+        logprobs = mx.where(_survivors(levels.slots), logprobs, NEVER)
+    return Candidates(levels.tokens.reshape(-1), parents.reshape(-1), logprobs.reshape(-1), height)
+
+
+def _survivors(slots: mx.array) -> mx.array:
+    """(L-1, W) bool: True where a candidate lies on a beam of the last level."""
+    height, width = slots.shape
+    order = mx.arange(width, dtype=mx.int32)
+    alive = mx.ones((width,), dtype=mx.bool_)
+    rows = [alive]
+    for level in range(height - 1, 0, -1):  # which slots of level-1 have a living child
+        child_of = slots[level][:, None] == order
+        alive = mx.any(child_of & alive[:, None], axis=0)
+        rows.append(alive)
+    return mx.stack(rows[::-1])
+
+
+class BeamDrafter(Generic[S]):
+    """A drafter that is a recurrence under beam search; mix in beside the module with the weights.
+
+    It keeps nothing of a text: a draft is a function of the last context and the root.
+    """
+
+    needs_text = False
+    max_length: int | None = None
+
+    def recurrence(self) -> Recurrence[S]:
+        """What the search drives, bound to the target's embedding."""
+        raise NotImplementedError
+
+    @property
+    def max_width(self) -> int:
+        return self.recurrence().vocab
+
+    def start(self, tokens: Sequence[int]) -> BeamDrafter[S]:
+        return self
+
+    def draft(self, seen: Seen, beam: Beam) -> Candidates:
+        return search(self.recurrence(), seen, beam)
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        pass

@@ -1,0 +1,99 @@
+"""What the decode step asks of a drafter, and what a drafter may ask of the target.
+
+Letters: L beam length counting the root, H hidden size, C context size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from redrafter_mlx.kernels import Weight
+from redrafter_mlx.tree import Beam, Candidates
+
+Embed = Callable[[mx.array], mx.array]
+"""Token ids (...) -> vectors (..., H), scaled as the target scales them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """All that a draft is made from; on the device, and not yet known to the host."""
+
+    context: mx.array
+    """(C,) of the last committed token"""
+    root: mx.array
+    """() int32, the token after it, already chosen by the target"""
+    noise: mx.array | None
+    """(L-1, V) temperature times the target's own noise at the drafted positions; None when greedy"""
+    position: mx.array | None = None
+    """() int32, where the root stands; None where a draft is only timed or replayed"""
+
+
+class TargetView(Protocol):
+    """What a drafter may ask of its target; see `redrafter_mlx.target.Target`."""
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+    dtype: mx.Dtype
+    embedding_scale: float
+
+    def watch(self, layers: Sequence[int]) -> None: ...
+
+    def embed(self, tokens: mx.array) -> mx.array: ...
+
+    def output_rows(self, tokens: mx.array | None = None) -> mx.array: ...
+
+    def quantized_rows(self, tokens: mx.array | None = None) -> Weight | None: ...
+
+
+class TextDrafter(Protocol):
+    """A drafter at work on one text."""
+
+    def draft(self, seen: Seen, beam: Beam) -> Candidates:
+        """Queue the work of a draft and return what it will offer; waits for nothing."""
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Hear what a step has committed and emitted."""
+
+
+class Drafter(Protocol):
+    """A kind of drafter with its weights; one a model, shared by all texts."""
+
+    config: Any
+    """a dataclass with `to_dict`, `model_type`, and `target`, the model it was made for"""
+
+    @property
+    def needs_text(self) -> bool:
+        """True: drafts after the host has read the path. False: the draft is queued before."""
+
+    @property
+    def max_width(self) -> int:
+        """Widest beam that it can search."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest beam, the root counted, that it can search; None: any."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one level of a draft reads."""
+
+    def attach(self, target: TargetView) -> None:
+        """Take the target to draft for: check sizes, take what is shared with it, lay final weights out.
+
+        Raises:
+            ValueError: it was made for another target.
+        """
+
+    def start(self, tokens: Sequence[int]) -> TextDrafter:
+        """Begin a text: `tokens` are its prompt."""
+
+    def parameters(self) -> Any:
+        """Its weights, as `nn.Module` has them."""
+
+    def cost_key(self) -> dict[str, Any]:
+        """What the seconds of a draft depend on."""
