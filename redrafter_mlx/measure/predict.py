@@ -30,7 +30,7 @@ class SearchSample:
 
 
 def wide_searches(model: Model, prompts: Sequence[list[int]], max_tokens: int) -> SearchSample:
-    """Decode greedily with the widest draft `auto` knows, or the drafter's widest, keeping every search's probabilities.
+    """Decode greedily with the widest draft that `auto` knows, keeping the probabilities of every search.
 
     Raises:
         ValueError: the model has no drafter.
