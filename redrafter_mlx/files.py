@@ -83,9 +83,9 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> int:
     """Check a safetensors file before MLX, which trusts it, maps it: dtypes that MLX has, shapes that fit their bytes,
-    tensors that follow each other without gap or overlap to the file's end, as the format asks.
+    tensors that follow each other without gap or overlap to the file's end, as the format asks. Returns how many.
 
     Raises:
         FileNotFoundError, ValueError: no such file; not a safetensors file; damaged, with the tensor's name.
@@ -112,6 +112,7 @@ def check_safetensors(path: Path) -> None:
     if size != 8 + header_size + end:
         wrong = "cut short" if size < 8 + header_size + end else "damaged"
         raise ValueError(f"{path} is {wrong}: {size} bytes of {8 + header_size + end}")
+    return len(spans)
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:

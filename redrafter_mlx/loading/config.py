@@ -19,14 +19,19 @@ ROPE_TYPES = frozenset({
 STRETCHED = ("linear", "yarn", "deepseek_yarn", "telechat3-yarn", "dynamic", "ntk")
 """Scalings by whose factor a model reads more positions than it was first trained for."""
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+LARGEST = 1 << 24
+"""Bound on any size: nothing is built before it is compared with the tensors."""
+
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
 def normalize_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The config with RoPE settings under the names that mlx-lm's models read, and without empty limits.
+    """The config, checked, with RoPE settings under the names that mlx-lm's models read.
 
     Raises:
-        ValueError: no `model_type`; RoPE settings that are unknown, contradict each other, or would be ignored.
+        ValueError: no `model_type`; an impossible size; RoPE settings that are unknown, contradict each other, or
+            would be ignored.
     """
     if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{where} has no model_type, which says what kind of model it is")
@@ -39,8 +44,7 @@ def normalize_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _normalized_part(config: dict[str, Any], model_type: str, where: str) -> dict[str, Any]:
     out = dict(config)
-    if out.get("max_position_embeddings", 0) is None:
-        del out["max_position_embeddings"]
+    _check_values(out, where)
     given = out.get("rope_parameters")
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"{where}: rope_parameters must be an object, not {given!r}")
@@ -51,6 +55,26 @@ def _normalized_part(config: dict[str, Any], model_type: str, where: str) -> dic
             _flatten(out, given, model_type, where)
     _check_scaling(out.get("rope_scaling"), where)
     return out
+
+
+def _check_values(config: dict[str, Any], where: str) -> None:
+    """Check the values that decide what is built, before anything is.
+
+    Raises:
+        ValueError: one that is not of its type or size, by its key.
+    """
+    for key in SIZES:
+        value = config.get(key, 1)
+        if type(value) is not int or not 0 < value <= LARGEST:
+            raise ValueError(f"{where}: {key} must be an integer from 1 to {LARGEST}, not {str(value)[:40]}")
+    for key in LENGTH_KEYS:
+        value = config.get(key, 1)
+        if type(value) is not int or value < 1:
+            hint = "; leave the key out where no limit is known" if value is None else ""
+            raise ValueError(f"{where}: {key} must be a positive integer, not {str(value)[:40]}{hint}")
+    theta = config.get("rope_theta", 1.0)
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
+        raise ValueError(f"{where}: rope_theta must be a positive number, not {str(theta)[:40]}")
 
 
 def _flatten(out: dict[str, Any], given: dict[str, Any], model_type: str, where: str) -> None:

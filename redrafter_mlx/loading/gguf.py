@@ -436,6 +436,10 @@ def _byte_level_bpe(meta: dict[str, Any], tokens: list[str], path: Path) -> obje
         raise ValueError(f"{path} splits text by the rule {pre!r}; known rules: {known}")
     merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges", [])]
     vocab = {token: index for index, token in enumerate(tokens)}
+    for merge in merges:
+        missing = next((part for part in (*merge, "".join(merge)) if part not in vocab), None)
+        if len(merge) != 2 or missing is not None:
+            raise ValueError(f"{path}: the merge {' '.join(merge)!r} needs tokens that there are not")
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.startswith("llama")))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(rules[pre])
     tokenizer.decoder = decoders.ByteLevel()

@@ -135,8 +135,12 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
                 f"{folder} --out FOLDER` reads them"
             )
         raise FileNotFoundError(f"no model*.safetensors in {folder}")
-    for file in files:
-        check_safetensors(file)
+    num_tensors = sum(check_safetensors(file) for file in files)
+    layers = config.get("num_hidden_layers", 0)
+    if layers > num_tensors:
+        raise ValueError(
+            f"{folder / 'config.json'}: num_hidden_layers is {layers}, and the weights are {num_tensors} tensors"
+        )
     quantization = config.get("quantization_config")
     if "quantization" in config or not isinstance(quantization, dict):
         return
