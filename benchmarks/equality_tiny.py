@@ -38,7 +38,7 @@ SETTINGS = {
         temperature=0.9, seed=7, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.1
     ),
 }
-DRAFTS = ("1x2", "1x5", "3x4", "8x5@16", "4x5@32")
+DRAFTS = ("1x2", "1x5", "3x4", "8x5@16", "4x5@17")
 TEXT = 200  # tokens of one text
 TIE = 1e-4  # logits closer than this may be rounded to either order
 

@@ -199,6 +199,7 @@ def test_an_end_inside_an_accepted_path_ends_the_text(draft: str) -> None:
         assert stats.decoded_tokens == stats.generated_tokens - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", ["off", "3x3@5"])
 def test_memory_does_not_grow_with_the_text(draft: str) -> None:
     """A graph that is never let go would hold every step's arrays; only attention's scores may grow."""

@@ -307,6 +307,7 @@ def test_scaling_folds_away_exactly(target: Target, data: Path) -> None:
     np.testing.assert_allclose(np.array(got), np.array(want), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_learns(target: Target, data: Path, tmp_path: Path) -> None:
     made = trainer(target, data, tmp_path, epochs=30, validate_every=100)
 
@@ -339,6 +340,7 @@ def test_training_learns(target: Target, data: Path, tmp_path: Path) -> None:
         export(tmp_path, tmp_path / "odd", target, made.corpus, 3)
 
 
+@pytest.mark.slow
 def test_a_run_can_go_on_from_a_drafter(target: Target, data: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     trainer(target, data, first, epochs=20).run()
@@ -391,6 +393,7 @@ def assert_same(one: Path, other: Path) -> None:
         np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_calibration_undoes_a_scaling_of_the_logits(target: Target, data: Path, tmp_path: Path) -> None:
     made = trainer(target, data, tmp_path)
     made.run()
@@ -410,6 +413,7 @@ def test_calibration_undoes_a_scaling_of_the_logits(target: Target, data: Path, 
         assert after[depth] / before[depth] == pytest.approx(1.5, rel=0.08)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_to_the_same_weights(target: Target, data: Path, tmp_path: Path) -> None:
     trainer(target, data, tmp_path / "whole").run()
     for steps in (7, 13, 1000):  # 7 and 13 lie between checkpoints: what came after them is redone
@@ -428,6 +432,7 @@ trainer(target, Path(sys.argv[1]), Path(sys.argv[2])).run(lambda p: print(p.step
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_killed_process_leaves_a_run_that_continues(target: Target, data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(data), str(tmp_path / "cut")]
@@ -449,6 +454,7 @@ def test_a_killed_process_leaves_a_run_that_continues(target: Target, data: Path
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LAUNCHER.is_file(), reason="mlx.launch is not beside this interpreter")
 def test_two_processes_have_the_loss_curve_of_one(target: Target, data: Path, tmp_path: Path) -> None:
     root = Path(__file__).parent.parent

@@ -23,6 +23,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (
     "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
