@@ -1,4 +1,4 @@
-"""The command line: which subcommands there are and what a mistake looks like.
+"""The command line: its subcommands, and how mistakes are reported.
 
 Nothing heavy is imported here: a subcommand's module imports mlx when it runs, so `--help`
 is instant.
@@ -43,11 +43,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say on stderr what is going on inside.")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details to stderr.")] = False,
 ) -> None:
     """Options that come before the subcommand."""
     level = logging.DEBUG if verbose else logging.WARNING
@@ -56,7 +55,7 @@ def options(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 when it did what was asked, 2 after a mistake of the user or in a file."""
+    """Run the command. Returns 0 on success and 2 after a mistake of the user or in a file."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         result = app(args=arguments or ["--help"], prog_name="redrafter", standalone_mode=False)

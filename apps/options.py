@@ -15,46 +15,60 @@ _SAMPLING = "Sampling"
 
 ModelOption = Annotated[
     str,
-    typer.Option("--model", "-m", help="Target: a name, .gguf file, mlx-lm folder or Hugging Face id."),
+    typer.Option("--model", "-m", help="Target model: a name, .gguf file, mlx-lm folder or Hugging Face id."),
 ]
 DrafterOption = Annotated[
     str | None,
-    typer.Option("--drafter", help="Drafter folder or Hugging Face id; none for none. Default: its own."),
+    typer.Option(
+        "--drafter", help="Drafter folder or Hugging Face id; none: no drafter. Default: the model's own."
+    ),
 ]
 DraftOption = Annotated[
     str,
     typer.Option(
         "--draft",
-        help="auto, off, WxL or WxL@N: W beams of L tokens, root counted; N rows verified.",
+        help="auto, off, WxL or WxL@N: W beams of L tokens (the root counts), N rows verified.",
     ),
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option("--seed", help="Same seed, same text. Default: a new one.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        "--seed",
+        help="Random seed; the same seed gives the same text. Default: a new one.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 TemperatureOption = Annotated[
     float,
-    typer.Option("--temperature", "-t", help="0: most probable token.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        "--temperature",
+        "-t",
+        help="Sampling temperature; 0 always takes the most likely token.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 TopPOption = Annotated[
     float,
-    typer.Option(help="Most probable tokens up to this mass; 1: all.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        help="Sample from the most likely tokens up to this total probability (1: all).",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 TopKOption = Annotated[
     int,
-    typer.Option(help="So many of the most probable tokens; 0: all.", rich_help_panel=_SAMPLING),
+    typer.Option(help="Sample from the k most likely tokens (0: all).", rich_help_panel=_SAMPLING),
 ]
 MinPOption = Annotated[
     float,
     typer.Option(
-        help="Tokens of at least this share of the best one's probability.",
+        help="Drop tokens less likely than this share of the most likely one (0: none).",
         rich_help_panel=_SAMPLING,
     ),
 ]
 MaxTokensOption = Annotated[int, typer.Option(help="Maximum tokens to generate.")]
 StopOption = Annotated[
     list[str] | None,
-    typer.Option("--stop", help="End the text before this string; may be repeated."),
+    typer.Option("--stop", help="End the text before this string (may be given several times)."),
 ]
 KVBitsOption = Annotated[
     int | None, typer.Option("--kv-bits", help="Quantize the KV cache to this many bits.")
@@ -63,7 +77,7 @@ KVBitsOption = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the shared options say, in the words of `redrafter_mlx.stream_generate`."""
+    """The shared options, named as the arguments of `redrafter_mlx.stream_generate`."""
 
     sampling: Sampling
     draft: str = "auto"
@@ -89,7 +103,7 @@ def settings(  # noqa: PLR0913  (the options of every command that writes text)
     """The shared options as one value, checked before a model is loaded.
 
     Raises:
-        ValueError: one of them cannot be.
+        ValueError: an invalid option.
     """
     check_draft(draft)
     check_max_tokens(max_tokens)
@@ -100,7 +114,7 @@ def settings(  # noqa: PLR0913  (the options of every command that writes text)
 
 
 def check_draft(draft: str) -> str:
-    """`draft` itself when it is one; before a model is loaded, which takes seconds.
+    """Return `draft` if it is valid. Called before a model is loaded, which takes seconds.
 
     Raises:
         ValueError: it is not auto, off, WxL or WxL@N.
@@ -113,10 +127,10 @@ def check_draft(draft: str) -> str:
 
 
 def check_max_tokens(max_tokens: int) -> int:
-    """`max_tokens` itself.
+    """Return `max_tokens` if it is valid.
 
     Raises:
-        ValueError: below 1.
+        ValueError: it is below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"--max-tokens must be 1 or more, not {max_tokens}")
@@ -124,7 +138,7 @@ def check_max_tokens(max_tokens: int) -> int:
 
 
 def load_model(model: str, drafter: str | None) -> Model:
-    """The target with its drafter, as the two options name them.
+    """Load the target and the drafter that the two options name.
 
     Freed memory is kept from here on: the process is a command of ours, so nobody else's malloc is changed.
     """

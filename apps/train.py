@@ -19,65 +19,76 @@ if TYPE_CHECKING:
 def train(  # noqa: PLR0913  (typer: one argument per option)
     out: Annotated[Path, typer.Option(help="Folder for the drafter, its checkpoints and its data.")],
     model: opt.ModelOption = opt.DEFAULT_MODEL,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts: .jsonl, .txt, or a folder of them.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File or folder of prompts (.jsonl, .txt). Default: the target writes its own."),
+    ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(
-            help="Answers the target wrote before (text.npz of an earlier run): no new ones are written."
-        ),
+        typer.Option(help="Train on the text.npz of an earlier run instead of generating new answers."),
     ] = None,
     self_prompt: Annotated[
-        int, typer.Option(help="Answers to write; without --prompts to the target's own questions.")
+        int,
+        typer.Option(help="Number of answers to generate; without --prompts, to the target's own questions."),
     ] = 1000,
     exclude: Annotated[
         Path | None,
-        typer.Option(help="Prompts never to train on, e.g. a benchmark's (.jsonl, .txt)."),
+        typer.Option(help="Prompts never to train on, such as a benchmark's (.jsonl, .txt)."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 160,
-    rows: Annotated[int, typer.Option(help="Answers written at once.")] = 96,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 160,
+    rows: Annotated[int, typer.Option(help="Number of answers generated at the same time.")] = 96,
     disk_budget: Annotated[
         float | None,
-        typer.Option(help="GB of hidden states on the disk after which no more text is written."),
+        typer.Option(help="Stop generating text once its hidden states fill this many GB on the disk."),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 2.0,
-    batch: Annotated[int, typer.Option(help="Positions in a batch: a multiple of 32.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its peak.")] = 1e-3,
-    length: Annotated[int, typer.Option(help="Beam length to train for, root included.")] = 5,
+    epochs: Annotated[float, typer.Option(help="Number of passes over the text.")] = 2.0,
+    batch: Annotated[int, typer.Option(help="Positions per batch, a multiple of 32.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    length: Annotated[int, typer.Option(help="Beam length to train for (the root counts).")] = 5,
     soft: Annotated[
-        float, typer.Option(help="1: learn the target's distribution; 0: the tokens only.")
+        float,
+        typer.Option(help="Weight of the target's distribution as training goal; the rest is on the tokens."),
     ] = 1.0,
     reach: Annotated[
         float,
-        typer.Option(help="1: a later token counts as far as the drafter's own guesses get there; 0: fully."),
+        typer.Option(
+            help="1: weigh a later token by the drafter's probability of the tokens before it; 0: do not."
+        ),
     ] = 0.0,
     exit_dim: Annotated[
-        int | None, typer.Option(help="Width of the drafter. Default: from the hidden size.")
+        int | None, typer.Option(help="Width of the drafter. Default: chosen from the target's hidden size.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Residual blocks. Default: 2.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of residual blocks. Default: 2.")] = None,
     draft_vocab: Annotated[
         int | None,
         typer.Option(
-            help="Commonest tokens the drafter may guess; 0: all. Default: 6144, or those of --start-from."
+            help="Limit the drafter to this many of the most common tokens (0: all). Default: 6144, or as --start-from."
         ),
     ] = None,
     context_layers: Annotated[
         str,
-        typer.Option(help="Target layers whose output the drafter reads: auto, none or 6,14,22."),
+        typer.Option(
+            help="Target layers whose output the drafter reads: auto, none, or numbers like 6,14,22."
+        ),
     ] = "auto",
     start_from: Annotated[
-        Path | None, typer.Option(help="Go on from this drafter instead of starting a new one.")
+        Path | None, typer.Option(help="Continue from this drafter instead of starting a new one.")
     ] = None,
     patience: Annotated[
-        int, typer.Option(help="Stop after so many validations without improvement; 0: never.")
+        int, typer.Option(help="Stop after this many validations without improvement (0: never).")
     ] = 0,
-    validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 200,
-    quantize: Annotated[int, typer.Option(help="Also export with 4 or 8 bits; 0: as float16 only.")] = 0,
-    push_to_hub: Annotated[str, typer.Option(help="Upload to this Hugging Face repository.")] = "",
-    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+    validate_every: Annotated[int, typer.Option(help="Training steps between validations.")] = 200,
+    quantize: Annotated[
+        int, typer.Option(help="Also export a copy quantized to 4 or 8 bits (0: float16 only).")
+    ] = 0,
+    push_to_hub: Annotated[
+        str, typer.Option(help="Upload the drafter to this Hugging Face repository.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Random seed of data and training.")] = 0,
 ) -> None:
-    """Have the target write text and train a recurrent drafter on it.
+    """Train a recurrent drafter on text that the target generates.
 
-    Killed and called again with the same options, it continues where it was, to the same result.
+    A run that was stopped continues where it was when it is started again with the same options.
     """
     from redrafter_mlx.train.loss import Objective
     from redrafter_mlx.train.run import Request, Shape
@@ -140,7 +151,7 @@ def _context_layers(text: str) -> tuple[int, ...] | None:
 
 
 def _run(target: Any, tokenizer: Any, request: Request) -> Trainer:
-    """Write the text and train, with progress bars on stderr."""
+    """Generate the text and train, with progress bars on stderr."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 

@@ -163,7 +163,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.colorbar(image, ax=left, label="speed-up over plain decoding")
     budgets = report["predicted_by_nodes"]
     right.plot([int(n) for n in budgets], list(budgets.values()), marker="o")
-    right.axhline(1.0, color="grey", linewidth=0.8)
+    right.axhline(1.0, color="gray", linewidth=0.8)
     right.set(
         xlabel="nodes verified, root included",
         ylabel="predicted speed-up",

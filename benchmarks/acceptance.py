@@ -26,21 +26,21 @@ from redrafter_mlx.measure.compare import MT_BENCH, spread
 from redrafter_mlx.measure.machine import machine
 from redrafter_mlx.prompts import Request, read_requests
 from redrafter_mlx.stats import Stats
-from redrafter_mlx.train.generate import Row, Written, write
+from redrafter_mlx.train.generate import Answer, Row, generate_batch
 from redrafter_mlx.train.replay import replayed
 from redrafter_mlx.tree import Beam
 
 
-def answers(model: Model, requests: list[Request], max_tokens: int) -> list[Written]:
+def answers(model: Model, requests: list[Request], max_tokens: int) -> list[Answer]:
     """The target's greedy answers with their states, in batches of prompts of similar length."""
     assert model.tokenizer is not None
     prompts = [tuple(encode(model, request.prompt)) for request in requests]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    stop, out = frozenset(model.tokenizer.eos_token_ids), [Written()] * len(prompts)
+    stop, out = frozenset(model.tokenizer.eos_token_ids), [Answer()] * len(prompts)
     for begin in range(0, len(order), 20):
         chosen = order[begin : begin + 20]
         rows = [Row(prompts[i], max_tokens, 0.0) for i in chosen]
-        written = write(model.target, rows, stop, np.random.default_rng(0), cut_loops=False)
+        written = generate_batch(model.target, rows, stop, np.random.default_rng(0), cut_loops=False)
         for index, text in zip(chosen, written, strict=True):
             out[index] = text
         print(f"{begin + len(chosen)} of {len(order)} answers", file=sys.stderr)

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import redrafter_mlx  # takes over the BLAS before mlx is loaded  # noqa: F401
+import redrafter_mlx  # loads a faster BLAS before mlx  # noqa: F401
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as every command here does."""
+    """An argument parser that reports mistakes as the other commands do."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -33,40 +33,44 @@ def _parser() -> argparse.ArgumentParser:
 
     drafter = commands.add_parser("drafter", help="a recurrent drafter or a speculator -> a drafter folder")
     drafter.add_argument("src", metavar="SRC", help="folder, file of weights, or owner/name on Hugging Face")
-    drafter.add_argument("--target", help="check that it fits this model, and record it")
+    drafter.add_argument("--target", help="model it drafts for: checked, and recorded in the config")
     drafter.add_argument(
         "--activation", choices=("silu", "linear"), default="silu",
-        help="the RNN's: silu as Apple trains it (default), linear as TensorRT-LLM runs it",
+        help="activation of the RNN: silu as in Apple's training (default), linear as in TensorRT-LLM",
     )  # fmt: skip
 
     target = commands.add_parser("target", help="a Hugging Face checkpoint or a GGUF -> an mlx-lm folder")
     target.add_argument("src", metavar="SRC", help="folder, .gguf file, or owner/name on Hugging Face")
     how = target.add_mutually_exclusive_group()
-    how.add_argument("--quantize", "-q", action="store_true", help="quantise the weights")
-    how.add_argument("--dequantize", "-d", action="store_true", help="unpack quantised weights")
-    target.add_argument("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="with --quantize (default 4)")
-    target.add_argument("--group-size", type=int, choices=(32, 64, 128), help="with --quantize (default 64)")
+    how.add_argument("--quantize", "-q", action="store_true", help="quantize the weights")
+    how.add_argument("--dequantize", "-d", action="store_true", help="unpack quantized weights")
+    target.add_argument(
+        "--bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="bits per weight with --quantize (default 4)"
+    )
+    target.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128), help="weights per scale with --quantize (default 64)"
+    )
 
     export = commands.add_parser("export", help="a drafter folder -> Apple's format, with a full head")
     export.add_argument("src", metavar="DIR", help="drafter folder")
-    export.add_argument("--target", help="the model it drafts for; needed where its head is factored")
+    export.add_argument("--target", help="model it drafts for; required for a factored head")
 
     for command in (drafter, target, export):
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
         command.add_argument(
-            "--dtype", choices=_DTYPES, help="of weights that are not packed (default: as stored)"
+            "--dtype", choices=_DTYPES, help="dtype of weights that are not quantized (default: as stored)"
         )
         command.add_argument(
             "--force", action="store_true", help="replace the model in a folder that is not empty"
         )
 
-    info = commands.add_parser("info", help="say what a checkpoint is")
+    info = commands.add_parser("info", help="describe a checkpoint")
     info.add_argument("src", metavar="SRC", help="folder, file, or owner/name on Hugging Face")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    """Imports only what the command needs, so that --help is instant."""
+    """Run a command. Only what it needs is imported, so that --help is instant."""
     if arguments.command == "info":
         from .info import describe
 
@@ -104,7 +108,7 @@ def _run_target(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 when it did what was asked, 2 after a mistake of the user or in a file."""
+    """Run the command. Returns 0 on success and 2 after a mistake of the user or in a file."""
     try:
         _run(_parser().parse_args(argv))
     except (ValueError, OSError) as error:

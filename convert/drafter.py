@@ -265,7 +265,7 @@ def export_drafter(folder: str, out: Path, options: ExportOptions, report: Repor
             "knows the last hidden state only"
         )
     if config.quantization:
-        report("the weights are quantised: they are exported as rounded")
+        report("the weights are quantized: they are exported as rounded")
         dequantize_model(drafter)
         drafter.config = changed(config, quantization=None)
     if config.head == "factored":

@@ -50,7 +50,7 @@ _TEXT_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class TargetOptions:
-    """How to write a target. `bits` 0: not quantised anew."""
+    """How to write a target. `bits` 0: not quantized anew."""
 
     bits: int = 0
     group_size: int = 64
@@ -191,11 +191,11 @@ def tensor_files(folder: Path, weights: list[Path]) -> Iterator[tuple[Path, dict
 
 
 def _change(found: TargetSource, options: TargetOptions, report: Report) -> tuple[nn.Module, dict[str, Any]]:
-    """Dequantise, cast and quantise as asked."""
+    """Dequantize, cast and quantize as asked."""
     model, config = found.model, dict(found.config)
     if "quantization" in config and (options.bits or options.dequantize):
         if options.bits:
-            report("the source is quantised already: quantising it again loses a little more")
+            report("the source is quantized already: quantizing it again loses a little more")
         model = dequantize_model(model)
         config.pop("quantization")
         config.pop("quantization_config", None)

@@ -1,40 +1,51 @@
-"""Draws docs/demo.svg: an answer of the default model with its drafted and accepted tokens marked.
+"""Draws docs/demo.svg: what `redrafter demo` prints for the default model.
 
-Run: python docs/make_demo_svg.py. The picture loads nothing from other hosts.
+Run: python docs/make_demo_svg.py. The picture loads nothing from other hosts. Its figures are those of the machine and
+the moment in which it was drawn.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
+from redrafter_mlx.apps.cli import main as redrafter
 from rich.console import Console
 from rich.text import Text
 
-import redrafter_mlx as rd
-
 PROMPT = "Why is the sky blue?"
+COLUMNS = 92
 
 
-def main() -> None:
-    model = rd.load()
-    answer, drafted = Text(), 0
-    chunks = list(rd.stream_generate(model, PROMPT, max_tokens=96, draft="4x5@8"))
-    for chunk in chunks:
-        answer.append(chunk.text, style="bold green" if chunk.from_draft else "")
-        drafted += chunk.from_draft
-    console = Console(record=True, width=92, file=Path("/dev/null").open("w"))
-    console.print(f"$ redrafter demo {PROMPT!r}\n", style="bold")
-    console.print(answer)
-    stats = chunks[-1].stats
-    console.print(
-        f"\n{stats.generated_tokens} tokens in {stats.steps} steps; green: {drafted} drafted and accepted",
-        style="dim",
-    )
+class _Terminal(io.StringIO):
+    """Collects output that is meant for a terminal, colors included."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def main() -> int:
+    os.environ |= {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
+    os.environ.pop("NO_COLOR", None)
+    with redirect_stdout(_Terminal()) as terminal:
+        code = redrafter(["demo", PROMPT])
+    if code:
+        return code
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
+    console.print(Text(f'$ redrafter demo "{PROMPT}"', style="bold"))
+    console.print(Text.from_ansi(terminal.getvalue()))
     svg = console.export_svg(title="redrafter-mlx")
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
-    Path(__file__).with_name("demo.svg").write_text(svg)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    Path(__file__).with_name("demo.svg").write_text(
+        "\n".join(line.rstrip() for line in svg.splitlines()) + "\n"
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -115,7 +115,7 @@ class PromptCache:
         del self.tokens[shared:]
         return shared
 
-    def settle(self, kv: KVCache, tokens: list[int]) -> None:
+    def store(self, kv: KVCache, tokens: list[int]) -> None:
         """Leave the cache with exactly the tokens that were given or emitted, also after an interruption."""
         self.in_use = False
         surplus = kv.length - len(tokens)
@@ -275,7 +275,7 @@ def _stream(
             yield from run.chunks(prompt[reused:])
     finally:
         with model.lock:
-            cache.settle(kv, [*prompt, *stats.token_ids])
+            cache.store(kv, [*prompt, *stats.token_ids])
 
 
 class _Run:

@@ -219,7 +219,7 @@ def _top_k(logits: mx.array, k: int) -> mx.array:
 def _bisect(enough, num_rows: int) -> mx.array:  # type: ignore[no-untyped-def]
     """(N, 1): per row the largest float in [0, 2) for which `enough` holds; it must hold at 0.
 
-    Positive floats order as their bit patterns, so 30 bits are settled one by one from the top.
+    Positive floats order as their bit patterns, so 30 bits are decided one by one from the top.
     """
     bits = mx.zeros((num_rows, 1), dtype=mx.uint32)
     for bit in range(29, -1, -1):

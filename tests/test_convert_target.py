@@ -133,8 +133,8 @@ def test_drafter_beside_the_target(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised(bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The written weights are those mlx.nn.quantize makes: same tokens as quantising in memory."""
+def test_quantized(bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The written weights are those mlx.nn.quantize makes: same tokens as quantizing in memory."""
     options = ["--quantize", "--bits", str(bits), "--group-size", "32"]
     out = convert(E00 / "target", tmp_path / "out", *options)
     assert capsys.readouterr().out == f"{out}\n"  # mlx-lm's own lines go to stderr

@@ -230,8 +230,8 @@ def test_apples_config_without_a_kind_is_a_recurrent_drafter(folder: Path) -> No
 
 
 def test_unknown_keys_are_listed(folder: Path) -> None:
-    edit(folder, colour="red", emb_norm=False, shape=1)
-    with pytest.warns(UserWarning, match="keys not known here: colour, shape$"):
+    edit(folder, color="red", emb_norm=False, shape=1)
+    with pytest.warns(UserWarning, match="keys not known here: color, shape$"):
         load_drafter(folder)
 
 

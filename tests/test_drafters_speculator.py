@@ -202,8 +202,8 @@ def test_wrong_configs(changes: dict[str, Any], message: str) -> None:
 
 def test_config_keys() -> None:
     values = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "inner_size": 48, "n_predict": 3}
-    config, unknown = SpeculatorConfig.from_dict({**values, "colour": 1}, "here")
-    assert unknown == ["colour"]
+    config, unknown = SpeculatorConfig.from_dict({**values, "color": 1}, "here")
+    assert unknown == ["color"]
     assert SpeculatorConfig.from_dict(config.to_dict(), "here") == (config, [])
     del values["n_predict"]
     with pytest.raises(ValueError, match="here lacks n_predict"):

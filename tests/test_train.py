@@ -22,7 +22,7 @@ from redrafter_mlx.target import Target
 from redrafter_mlx.train.calibrate import calibrate
 from redrafter_mlx.train.corpus import Corpus, WindowShape
 from redrafter_mlx.train.data import save_shard, shard_path
-from redrafter_mlx.train.generate import Written
+from redrafter_mlx.train.generate import Answer
 from redrafter_mlx.train.loss import (
     Batch,
     Objective,
@@ -65,7 +65,7 @@ def write_corpus(folder: Path, target: Target, answers: int = 60, length: int = 
         tokens = mx.concatenate([tokens, following], axis=1)
     contexts = np.array(target.contexts(tokens).astype(mx.float32))
     written = [
-        Written(row[4:].tolist(), list(context[3:-1]))
+        Answer(row[4:].tolist(), list(context[3:-1]))
         for row, context in zip(np.array(tokens), contexts, strict=True)
     ]
     for index in range(2):
@@ -121,8 +121,8 @@ def test_cross_entropy_by_hand() -> None:
     features = mx.array([[0.0, math.log(2), math.log(5)], [math.log(4), math.log(4), math.log(8)]])
     probs = mx.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
     mass = probs.sum(axis=1, keepdims=True)
-    loss, gradient, normalisers = cross_entropy(features, mx.eye(3), probs, mass, mx.array([[1.0], [2.0]]))
-    np.testing.assert_allclose(np.array(normalisers[:, 0]), [math.log(8), math.log(16)], atol=1e-5)
+    loss, gradient, normalizers = cross_entropy(features, mx.eye(3), probs, mass, mx.array([[1.0], [2.0]]))
+    np.testing.assert_allclose(np.array(normalizers[:, 0]), [math.log(8), math.log(16)], atol=1e-5)
     # row 1: -(ln 1/8 + ln 2/8) / 2 = 1.732868; row 2: -ln 8/16 = 0.693147, twice
     assert loss.item() == pytest.approx(1.732868 + 2 * 0.693147, abs=1e-5)
     want = [[1 / 8 - 0.5, 2 / 8 - 0.5, 5 / 8], [2 * 4 / 16, 2 * 4 / 16, 2 * (8 / 16 - 1)]]
@@ -280,7 +280,7 @@ def test_corpus_errors(tmp_path: Path, target: Target) -> None:
     with pytest.raises(ValueError, match="no complete shard"):
         Corpus([tmp_path])
     write_corpus(tmp_path, target, 4)
-    save_shard(shard_path(tmp_path, 7), ["p"], [0.0], [Written([1, 2], [np.zeros(5)] * 2)])
+    save_shard(shard_path(tmp_path, 7), ["p"], [0.0], [Answer([1, 2], [np.zeros(5)] * 2)])
     with pytest.raises(ValueError, match=r"one size, but have \[5, 96\]"):
         Corpus([tmp_path])
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from redrafter_mlx.train.data import Generator, Recipe, Text, contexts_path, list_shards, shard_path
-from redrafter_mlx.train.generate import LoopWatch, Row, loop_start, sample, write
+from redrafter_mlx.train.generate import LoopWatch, Row, generate_batch, loop_start, sample
 from redrafter_mlx.train.prompts import (
     ChatFormat,
     PromptFilter,
     is_held_out,
-    normalise,
+    normalize,
     read_excluded,
     read_prompts,
 )
@@ -83,7 +83,7 @@ def test_sampling_inverts_the_cumulative_distribution() -> None:
     uniforms = np.array([0.1, 0.21, 0.69, 0.71])
     assert sample(logits, np.ones(4), 0, uniforms).tolist() == [0, 1, 1, 2]
     assert sample(logits, np.zeros(4), 0, uniforms).tolist() == [1, 1, 1, 1]
-    # of the two likeliest, renormalised: 0.625 and 0.375
+    # of the two likeliest, renormalized: 0.625 and 0.375
     assert sample(logits, np.ones(4), 2, uniforms).tolist() == [1, 1, 2, 2]
 
 
@@ -94,7 +94,7 @@ def test_lockstep_decoding_is_the_targets_own_greedy_text() -> None:
     prompts = [(1, 5, 6), (1, 5, 6, 7, 8, 9, 10), (1, 5, 40, 41)]
     rows = [Row(prompt, 20, 0.0) for prompt in prompts]
     for prompt, text in zip(
-        prompts, write(target, rows, frozenset({EOS}), np.random.default_rng(0)), strict=True
+        prompts, generate_batch(target, rows, frozenset({EOS}), np.random.default_rng(0)), strict=True
     ):
         whole = mx.array([[*prompt, *text.tokens]])
         logits = np.array(target.model(whole)[0])
@@ -108,9 +108,9 @@ def test_lockstep_decoding_is_the_targets_own_greedy_text() -> None:
 def test_a_text_ends_with_its_stop_token() -> None:
     target = make_target()
     row = Row((1, 5, 6), 20, 0.0)
-    free = write(target, [row], frozenset(), np.random.default_rng(0))[0]
+    free = generate_batch(target, [row], frozenset(), np.random.default_rng(0))[0]
     stop = free.tokens[4]
-    text = write(target, [row], frozenset({stop}), np.random.default_rng(0))[0]
+    text = generate_batch(target, [row], frozenset({stop}), np.random.default_rng(0))[0]
     assert text.stopped and not free.stopped
     assert text.tokens == free.tokens[: free.tokens.index(stop) + 1]
 
@@ -133,7 +133,7 @@ def test_held_out_share_is_as_asked_and_does_not_depend_on_spelling() -> None:
     held = [text for text in texts if is_held_out(text, 20)]
     assert 120 < len(held) < 290  # 200 expected, deviation 14
     assert all(is_held_out(text.upper() + "?", 20) for text in held)
-    assert normalise("A,  b! ") == "a b"
+    assert normalize("A,  b! ") == "a b"
 
 
 def test_shards_hold_what_was_written(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_target_asks_itself(tmp_path: Path) -> None:
     made.run(16)
     with np.load(shard_path(tmp_path, 0)) as data:
         texts = [str(text) for text in data["prompts"]]
-    assert texts and len({normalise(text) for text in texts}) == len(texts)
+    assert texts and len({normalize(text) for text in texts}) == len(texts)
     again = generator(tmp_path / "again", excluded=texts[:1], rows=16)
     again.run(16)
     with np.load(shard_path(tmp_path / "again", 0)) as data:

@@ -12,7 +12,7 @@ import numpy as np
 
 from redrafter_mlx.generation import Model, generate
 from redrafter_mlx.stats import Stats
-from redrafter_mlx.train.generate import Row, write
+from redrafter_mlx.train.generate import Row, generate_batch
 from redrafter_mlx.train.replay import num_accepted, replay
 from redrafter_mlx.tree import NEVER, Beam
 
@@ -26,7 +26,7 @@ def test_replay_is_decoding(draft: str) -> None:
     drafter.lm_head[-1].weight = mx.array(weight) * 0.3  # right now and then
     prompt = (5, 9, 33, 2, 17)
     row = Row(prompt, 120, 0.0)
-    [text] = write(target, [row], frozenset(), np.random.default_rng(0), cut_loops=False)
+    [text] = generate_batch(target, [row], frozenset(), np.random.default_rng(0), cut_loops=False)
     contexts = np.stack(text.contexts).astype(np.float32)
     found = Stats()
     for accepted in replay(drafter, target.embed, contexts, text.tokens, Beam.parse(draft)):

@@ -94,6 +94,19 @@ def test_merged_offers_are_the_union_of_their_paths(seed: int) -> None:
     assert all(parent < index for index, parent in enumerate(parents)), "parents before children"
 
 
+def test_merged_example() -> None:
+    """The two offers of docs/algorithm.md, "Several offers in one tree"."""
+    planet = 18
+    beam = offer([IS, A, RED], [-1, 0, 1], [-0.1, -1.0, -1.3])
+    copy = offer([IS, A, planet], [-1, 0, 1], [-0.3, -0.4, -0.5])
+    merged = merge(beam, copy)
+    assert merged.parents.tolist() == [-1, 0, 1, -1, 0, 1]
+    assert merged.logprobs.tolist() == pytest.approx([-0.1, -0.4, -1.3, NEVER, NEVER, -0.5])
+    tree = build(merged, mx.array(MARS), 5)
+    assert tree.tokens.tolist() == [MARS, IS, A, planet, RED]
+    assert tree.parents.tolist() == [0, 0, 1, 2, 2]
+
+
 def test_merging_leaves_the_unoffered_out() -> None:
     first, second = offer([7, 8], [-1, 0], [-1.0, NEVER]), offer([7, 8], [-1, 0], [-2.0, -3.0])
     assert all_paths(merge(first, second)) == pytest.approx({(7,): -1.0, (7, 8): -3.0})

@@ -1,7 +1,7 @@
 """Prompts of the kinds people ask for, put together from tasks and subjects: a JSON line each.
 
 Run: python recipes/smollm2-135m-instruct/prompts.py NUMBER SEED > prompts.jsonl. No benchmark's prompt is among them, and `redrafter train
---exclude` sees to it.
+--exclude` sees to it. The strings keep the spelling they had when text.npz was made: another one would be another prompt.
 """
 
 # ruff: noqa: E501  (sentences)

@@ -82,12 +82,12 @@ class CostTable:
         if not widths or widths != set(parts[2]) or 1 not in rows or min(rows.values()) <= 0:
             raise ValueError("parts are missing")
         if not all(1 <= number <= MAX_NODES for part in parts for number in part):
-            raise ValueError("rows or widths that cannot be")
+            raise ValueError("rows or widths out of range")
         return cls(*parts)
 
 
 def keep_table(table: CostTable, path: Path) -> None:
-    """Write a table to the cache folder; where that cannot be, a warning says so."""
+    """Write a table to the cache folder; log a warning if that fails."""
     try:
         with new_file(path) as part:
             part.write_text(json.dumps(table.to_dict(), indent=1))

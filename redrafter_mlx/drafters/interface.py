@@ -57,7 +57,7 @@ class TextDrafter(Protocol):
         """Queue the work of a draft and return what it will offer; waits for nothing."""
 
     def keep(self, tokens: Sequence[int]) -> None:
-        """Hear what a step has committed and emitted."""
+        """Take note of the tokens that a step has committed."""
 
 
 class Drafter(Protocol):

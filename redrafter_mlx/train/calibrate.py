@@ -1,8 +1,8 @@
-"""One temperature per depth that makes a drafter's probabilities true ones.
+"""One temperature per depth that calibrates a drafter's probabilities.
 
-`auto` and the choice of nodes read path probabilities as what they say. A drafter is fitted on all positions of the
-text trained on, towards soft targets, and is more or less sure of itself than it should be; dividing the logits of a
-depth by one number, fitted to the likelihood of held-out text, mends that (Guo et al., 1706.04599).
+`auto` and the choice of nodes take path probabilities at face value. A drafter is trained on all positions of a text,
+with soft targets, and its probabilities are too high or too low. Dividing the logits of a depth by one number, fitted
+to the likelihood of held-out text, corrects that (Guo et al., 1706.04599).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEMPERATURES = np.geomspace(0.5, 2.5, 25)
 def calibrate(
     drafter: RecurrentDrafter, target: Target, rows: mx.array, batches: Iterable[Batch], depths: int
 ) -> tuple[float, ...]:
-    """The temperature of greatest likelihood for each depth; 1 where there is nothing to fit on.
+    """The temperature of maximum likelihood for each depth; 1 for a depth without data.
 
     Args:
         rows: (V, H) of the target's output embedding for the drafter's vocabulary.

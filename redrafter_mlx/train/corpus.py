@@ -1,8 +1,6 @@
-"""The shards as training batches: windows of consecutive positions in an order that depends on the
-seed alone.
+"""The shards as training batches: windows of consecutive positions in an order that depends on the seed alone.
 
-Contexts stay on disk and are mapped into memory, so a corpus may be larger than the machine's
-memory.
+Contexts stay on disk and are mapped into memory, so a corpus may be larger than the machine's memory.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ class Shard:
     training: np.ndarray
     """positions of answers to train on"""
     held_out: np.ndarray
-    """positions of greedy answers that are only measured on"""
+    """positions of the held-out greedy answers"""
 
     @classmethod
     def load(cls, path: Path) -> Shard:
@@ -66,7 +64,7 @@ class WindowShape:
 
 
 class Corpus:
-    """Everything in some folders of shards.
+    """All shards of some folders.
 
     Args:
         folders: each filled by `redrafter_mlx.train.data`.
@@ -102,8 +100,7 @@ class Corpus:
         return counts
 
     def sample(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """About `count` training positions, evenly spread: contexts (m, C) float32 and tokens
-        (m,)."""
+        """About `count` training positions, evenly spread: contexts (m, C) float32 and tokens (m,)."""
         step = max(1, self.num_positions // count)
         pairs = [(s, p[::step]) for s, p in zip(self.shards, self._training, strict=True)]
         contexts = np.concatenate([shard.contexts[rows].astype(np.float32) for shard, rows in pairs])
@@ -115,8 +112,7 @@ class Corpus:
         return max(1, windows // shape.windows)
 
     def epoch(self, epoch: int, seed: int, shape: WindowShape, skip: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch after the first `skip`: windows cut at a new offset and shuffled
-        anew."""
+        """The batches of one epoch after the first `skip`. Every epoch has its own window offsets and order."""
         rng = np.random.default_rng([seed, epoch])
         offsets = rng.integers(shape.size, size=len(self._training))
         table = [
@@ -138,8 +134,7 @@ class Corpus:
             yield self._batch(table[begin : begin + shape.windows], positions, shape)
 
     def held_out_answers(self, limit: int) -> Iterator[tuple[np.ndarray, list[int]]]:
-        """Held-out greedy answers of about `limit` tokens together, spread over the shards: contexts
-        (n, C) and tokens."""
+        """Held-out greedy answers of about `limit` tokens in all, spread over the shards: contexts (n, C), tokens."""
         spans = [
             (shard, span)
             for shard in self.shards
@@ -161,8 +156,7 @@ class Corpus:
             rows = allowed[np.minimum(offsets, len(allowed) - 1)]
             contexts.append(shard.contexts[rows])
             tokens.append(shard.tokens[rows])
-            # a window past the end repeats the last position: depths that reach there must not
-            # count
+            # a window past the end repeats the last position: depths that reach there must not count
             room = np.maximum(len(allowed) - 1 - offsets[:size], 0)
             left.append(np.minimum(shard.left[rows[:size]], room))
         return Batch(

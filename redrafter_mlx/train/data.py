@@ -1,10 +1,9 @@
-"""Self-distillation data: shards of text that the target wrote, with the states it wrote it in.
+"""Self-distillation data: shards of text that the target generated, with the contexts it chose the tokens in.
 
-A shard is two files. `shard-00000.contexts.npy` (n, C) float16: the target's context (final-norm
-hidden state, then any `context_layers`) at the moment of choosing a token. `shard-00000.npz`:
-`tokens` (n,) int32, the token chosen in each of them; `starts` (rows + 1,) int64, where each answer
-begins; `temperatures` (rows,); `prompts` (rows,) text. The .npz is written last and under a
-temporary name, so a shard without it does not exist. A shard depends on nothing but the recipe, its
+A shard is two files. `shard-00000.contexts.npy` (n, C) float16: the target's context (final-norm hidden state, then any
+`context_layers`) when it chose a token. `shard-00000.npz`: `tokens` (n,) int32, the token chosen in each context;
+`starts` (rows + 1,) int64, where each answer begins; `temperatures` (rows,); `prompts` (rows,) text. The .npz is saved
+last and under a temporary name, so a shard without it does not exist. A shard depends on nothing but the recipe, its
 index and the shards before it: an interrupted run continues where it stopped, with the same result.
 """
 
@@ -24,29 +23,29 @@ import numpy as np
 from redrafter_mlx.files import new_file, read_json
 from redrafter_mlx.target import Target
 
-from .generate import Row, Written, write
-from .prompts import ChatFormat, Messages, PromptFilter, self_prompts, tokenise, user_text
+from .generate import Answer, Row, generate_batch
+from .prompts import ChatFormat, Messages, PromptFilter, self_prompts, tokenize, user_text
 
 _log = logging.getLogger("redrafter_mlx")
 
 RECIPE = "recipe.json"
-FORWARD_TOKENS = 4096  # in a forward that only computes states
+FORWARD_TOKENS = 4096  # in a forward that only computes contexts
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the text is made. Kept beside the shards; a run with another recipe is refused."""
+    """How the text is generated. Kept beside the shards; a run with another recipe is refused."""
 
     target: str
     """Name of the target."""
     context_layers: tuple[int, ...] = ()
     rows: int = 96
-    """Answers written at once, and in a shard."""
+    """Answers generated at the same time, and in a shard."""
     max_tokens: int = 160
-    """Length of an answer at most."""
+    """Maximum tokens per answer."""
     greedy: float = 0.6
-    """Share of answers at temperature 0; the others are drawn from `temperatures`."""
+    """Share of answers at temperature 0; the temperature of the others is drawn from `temperatures`."""
     temperatures: tuple[float, ...] = (0.6, 0.8, 1.0)
     seed: int = 0
     prompts: str = "self"
@@ -71,9 +70,9 @@ def contexts_path(shard: Path) -> Path:
 
 
 def save_shard(
-    shard: Path, prompts: Sequence[str], temperatures: Sequence[float], answers: Sequence[Written]
+    shard: Path, prompts: Sequence[str], temperatures: Sequence[float], answers: Sequence[Answer]
 ) -> int:
-    """Write one shard; returns its number of tokens."""
+    """Save one shard; returns its number of tokens."""
     starts = np.cumsum([0, *(len(a.tokens) for a in answers)], dtype=np.int64)
     contexts = np.stack([c for a in answers for c in a.contexts]).astype(np.float16)
     with new_file(contexts_path(shard)) as path, path.open("wb") as file:
@@ -96,20 +95,23 @@ def list_shards(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Answers without their states: small enough to keep, the states can be computed again.
+    """Answers without their contexts: small enough to keep, and the contexts can be computed again.
 
-    A file of it holds `tokens` (n,), `lengths` and `temperatures` (rows,), and `prompts`: UTF-8, separated by
-    zero bytes.
+    Its file holds `tokens` (n,), `lengths` and `temperatures` (rows,), and `prompts` in UTF-8, separated by zero bytes.
     """
 
     prompts: list[str]
-    """What the user said, in one turn each."""
+    """One turn of a user each."""
     temperatures: list[float]
     answers: list[list[int]]
 
     @classmethod
     def load(cls, path: Path) -> Text:
-        """Raises FileNotFoundError or ValueError where `path` is no such file."""
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or one that is damaged or of another kind.
+        """
         if not path.is_file():
             raise FileNotFoundError(f"--text: no file {path}")
         try:
@@ -153,14 +155,14 @@ def states(
     prompts: Sequence[list[int]],
     answers: Sequence[list[int]],
     on_step: Progress | None = None,
-) -> list[Written]:
-    """Answers with the states the target would have chosen their tokens in, in large batched forwards.
+) -> list[Answer]:
+    """Compute the contexts in which the target would have chosen the tokens of these answers, in large batches.
 
-    Rows of a batch are of similar length and padded behind their end, which a causal model does not see.
+    The rows of a batch have similar lengths and are padded behind their end, which a causal model does not see.
     """
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    out = [Written()] * len(order)
+    out = [Answer()] * len(order)
     while order:
         longest = lengths[order[-1]]
         count = max(1, FORWARD_TOKENS // longest)
@@ -172,20 +174,20 @@ def states(
         for context, index in zip(contexts, chosen, strict=True):
             begin = len(prompts[index]) - 1  # the state before an answer's first token is its prompt's last
             own = context[begin : begin + len(answers[index])]
-            out[index] = Written(list(answers[index]), list(own))
+            out[index] = Answer(list(answers[index]), list(own))
         if on_step is not None:
             on_step(sum(len(answers[index]) for index in chosen))
     return out
 
 
 class Generator:
-    """Fills a folder with shards.
+    """Fills a folder with shards of text.
 
     Args:
-        target: as it will be served; its `context_layers` are those of the recipe.
+        target: the model as it will be used; it is set to watch the recipe's `context_layers`.
         folder: where the shards are or will be.
         excluded: prompts that must not be trained on.
-        budget: bytes of states on the disk after which no further shard is written; None: no limit.
+        budget: bytes of contexts on the disk from which on no further shard is written; None: no limit.
 
     Raises:
         ValueError: the folder holds shards of another recipe; the target has no chat template.
@@ -224,8 +226,9 @@ class Generator:
             part.write_text(json.dumps(mine, indent=2) + "\n")
 
     def run(self, num_answers: int, prompts: Sequence[Messages] = (), on_step: Progress | None = None) -> int:
-        """Write shards until there are `num_answers` answers (all of `prompts`, if given). Returns
-        their tokens."""
+        """Generate shards until there are `num_answers` answers or `prompts`, if given, are used up. Returns the number
+        of tokens in all shards.
+        """
         shards, rows, total = 0, self.recipe.rows, 0
         texts = iter(prompts)
         while num_answers > 0:
@@ -252,8 +255,9 @@ class Generator:
         return total
 
     def run_text(self, text: Text, on_step: Progress | None = None) -> int:
-        """Write shards of answers that the target wrote before: only their states are computed. A prompt may have
-        several, if they differ. Returns their tokens."""
+        """Save shards of answers that the target generated before; only their contexts are computed. A prompt may have
+        several answers, if they differ. Returns the number of tokens in all shards.
+        """
         pairs = [(prompt, tuple(answer)) for prompt, answer in zip(text.prompts, text.answers, strict=True)]
         first: dict[tuple[str, tuple[int, ...]], int] = {}
         for index, pair in enumerate(pairs):
@@ -270,13 +274,13 @@ class Generator:
             if there:
                 continue
             prompts = [text.prompts[i] for i in rows]
-            asked = [tokenise(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+            asked = [tokenize(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
             written = states(self.target, asked, [text.answers[i] for i in rows], on_step)
             save_shard(path, prompts, [text.temperatures[i] for i in rows], written)
         return total
 
     def _has_room(self) -> bool:
-        """False, said once, where the states on the disk have reached the budget."""
+        """False, with a warning, once the contexts on the disk have reached the budget."""
         if self.budget is None:
             return True
         used = sum(contexts_path(shard).stat().st_size for shard in list_shards(self.folder))
@@ -296,7 +300,7 @@ class Generator:
         return taken
 
     def _invent(self, count: int, rng: np.random.Generator) -> list[Messages]:
-        """The target's own prompts; a few short of `count` where it repeats itself."""
+        """Have the target write prompts; fewer than `count` if it repeats itself."""
         texts: list[str] = []
         for _ in range(4):
             if len(texts) >= count:
@@ -319,8 +323,8 @@ class Generator:
             0.0 if rng.random() < recipe.greedy else float(rng.choice(recipe.temperatures)) for _ in batch
         ]
         rows = [
-            Row(tuple(tokenise(self.tokenizer, messages)), recipe.max_tokens, temperature)
+            Row(tuple(tokenize(self.tokenizer, messages)), recipe.max_tokens, temperature)
             for messages, temperature in zip(batch, drawn, strict=True)
         ]
-        answers = write(self.target, rows, self.stop, rng, on_step=on_step)
+        answers = generate_batch(self.target, rows, self.stop, rng, on_step=on_step)
         return save_shard(shard, [user_text(m) for m in batch], drawn, answers)

@@ -1,12 +1,10 @@
 """Batched decoding by the target itself: the text a drafter learns from.
 
-All rows run in lockstep and are aligned at their first token, so no padding and no mask is needed:
-a row whose prompt is longer than its neighbour's is simply fed the rest of its prompt while the
-neighbour already writes. Rows that have ended leave the batch. The hidden states cost nothing
-extra: they are noted as the text is written.
+All rows of a batch decode in lockstep, aligned at their first token, so no padding and no mask is needed: a row whose
+prompt is longer than the others' is fed the rest of its prompt while the others already generate. Rows that have ended
+leave the batch. The hidden states cost nothing extra: they are recorded as the text is generated.
 
-Letters: B rows, V vocabulary, C context size (see `redrafter_mlx.drafter`), n tokens written in a
-row.
+Letters: B rows, V vocabulary, C context size (see `redrafter_mlx.drafters.interface`), n tokens generated in a row.
 """
 
 from __future__ import annotations
@@ -23,12 +21,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from redrafter_mlx.target import Target
 
 WINDOW, REPEATS = 8, 12
-PREFILL_TOKENS = 2048  # at most in one forward, to bound the memory of its logits
+PREFILL_TOKENS = 2048  # upper bound for one forward, which bounds the memory of its logits
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A text to be continued."""
+    """A prompt to continue, and how."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -38,24 +36,21 @@ class Row:
 
 
 @dataclass(slots=True)
-class Written:
-    """What the target wrote after a prompt: `contexts[j]` is the state in which it chose
-    `tokens[j]`."""
+class Answer:
+    """What the target generated after a prompt: `contexts[j]` is the state in which it chose `tokens[j]`."""
 
     tokens: list[int] = field(default_factory=list)
-    """n tokens, the stop token included where there was one"""
+    """n tokens; the last one is the stop token if the answer ended with one"""
     contexts: list[np.ndarray] = field(default_factory=list)
-    """n arrays (C,) float16; empty where they were not asked for"""
+    """n arrays (C,) float16; empty if they were not requested"""
     stopped: bool = False
-    """It ended with a stop token, not by length or in a loop."""
+    """True if the answer ended with a stop token, not by its length or in a loop."""
 
 
 class LoopWatch:
-    """Notices a text that goes round in circles: 12 windows of 8 tokens in a row that were there
-    before.
+    """Detects a text that repeats itself: 12 windows of 8 tokens in a row that all occurred before.
 
-    A small model decoding greedily soon does this, and a drafter trained on it would learn only
-    that.
+    Small models that decode greedily soon do this, and a drafter trained on such text would learn little else.
     """
 
     def __init__(self) -> None:
@@ -74,7 +69,7 @@ class LoopWatch:
 
 
 def loop_start(tokens: Sequence[int]) -> int:
-    """How many tokens to keep of a text: all, or those up to where it is found to loop."""
+    """How many tokens of a text to keep: all, or those up to the one with which it is found to loop."""
     watch = LoopWatch()
     for index, token in enumerate(tokens):
         if watch.push(token):
@@ -83,13 +78,12 @@ def loop_start(tokens: Sequence[int]) -> int:
 
 
 def sample(logits: np.ndarray, temperatures: np.ndarray, top_k: int, uniforms: np.ndarray) -> np.ndarray:
-    """One token per row by inverting the distribution's cumulative sum; the largest at temperature
-    0.
+    """Draw one token per row by inverting the cumulative distribution; at temperature 0 take the most likely one.
 
     Args:
         logits: (B, V) float32.
         temperatures: (B,).
-        top_k: only the k likeliest may be drawn; 0 for all.
+        top_k: draw from the k most likely tokens only; 0 for all.
         uniforms: (B,) in [0, 1).
 
     Returns:
@@ -110,7 +104,7 @@ def sample(logits: np.ndarray, temperatures: np.ndarray, top_k: int, uniforms: n
 
 
 class _Batch:
-    """Rows in lockstep: the KV cache, and which of the rows are still in it."""
+    """Rows that decode in lockstep: their KV cache, and which of them are still in it."""
 
     def __init__(self, target: Target, rows: Sequence[Row]) -> None:
         self.target = target
@@ -119,8 +113,7 @@ class _Batch:
         self.alive = list(range(len(rows)))
 
     def start(self) -> tuple[mx.array, mx.array, int]:
-        """Prefill what every row has. Returns logits (B, V), contexts (B, C) and the position
-        reached."""
+        """Prefill up to the length of the shortest prompt. Returns logits (B, V), contexts (B, C) and that length."""
         prompts = [row.prompt for row in self.rows]
         shortest = min(len(p) for p in prompts)
         shared = 0
@@ -136,22 +129,20 @@ class _Batch:
         return logits, contexts, shortest
 
     def forward(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """tokens (B, T) -> logits (B, V) and contexts (B, C) of the last one."""
+        """tokens (B, T) -> logits (B, V) and contexts (B, C) of the last token of each row."""
         all_logits, all_contexts = self.target.forward(tokens, self.cache)
         logits, contexts = all_logits[:, -1].astype(mx.float32), all_contexts[:, -1].astype(mx.float16)
         mx.eval(logits, contexts)
         return logits, contexts
 
     def keep(self, slots: list[int]) -> None:
-        """Drop all rows of the batch but these."""
+        """Keep only these rows of the batch."""
         index = mx.array(slots)
         self._map(lambda a: a[index])
         self.alive = [self.alive[slot] for slot in slots]
 
     def _map(self, function: Callable[[mx.array], mx.array]) -> None:
-        def on_rows(
-            leaf: Any,
-        ) -> Any:  # a cache's state also has its offset: that one all rows share
+        def on_rows(leaf: Any) -> Any:  # the state of a cache also holds its offset, which all rows share
             return function(leaf) if isinstance(leaf, mx.array) and leaf.ndim else leaf
 
         for layer in self.cache:
@@ -159,7 +150,7 @@ class _Batch:
             mx.eval(layer.state)
 
 
-def write(  # noqa: PLR0913  (three by keyword)
+def generate_batch(  # noqa: PLR0913  (three by keyword)
     target: Target,
     rows: Sequence[Row],
     stop: frozenset[int],
@@ -167,20 +158,20 @@ def write(  # noqa: PLR0913  (three by keyword)
     with_contexts: bool = True,
     on_step: Callable[[int], None] | None = None,
     cut_loops: bool = True,
-) -> list[Written]:
-    """Continue every row until a stop token, its length, or, unless told otherwise, a loop.
+) -> list[Answer]:
+    """Continue every row until a stop token, its maximum length or, with `cut_loops`, until it repeats itself.
 
     Args:
         stop: token ids that end a text.
-        rng: one uniform number is drawn per row and position, ended rows included, so that a row's
-        text does not
-            depend on when its neighbours end.
-        on_step: told after every step how many tokens were written in it.
+        rng: draws one uniform number per row and position, also for rows that have ended, so that the text of a row
+            does not depend on when the others end.
+        with_contexts: also record the contexts.
+        on_step: called after every step with the number of tokens it generated.
     """
     if len({row.top_k for row in rows}) > 1:
         raise ValueError("top_k must be the same for all rows of a batch")
     batch = _Batch(target, rows)
-    written = [Written() for _ in rows]
+    written = [Answer() for _ in rows]
     watches = [LoopWatch() for _ in rows]
     done = [False] * len(rows)
     temperatures = np.array([row.temperature for row in rows])
@@ -211,7 +202,8 @@ def write(  # noqa: PLR0913  (three by keyword)
         slots = [slot for slot, index in enumerate(batch.alive) if not done[index]]
         if not slots:
             return written
-        if len(slots) <= len(batch.alive) * 7 // 8:  # moving the cache costs about a step: not each time
+        # moving the cache takes about as long as a step, so it is not done each time
+        if len(slots) <= len(batch.alive) * 7 // 8:
             batch.keep(slots)
             tokens = tokens[slots]
         logits, contexts = batch.forward(mx.array(tokens)[:, None])

@@ -1,16 +1,15 @@
-"""What the drafter is trained on: to guess, several tokens ahead, what the target would say.
+"""The training objective: to guess, several tokens ahead, what the target would say.
 
-At a position j of a text the target has just chosen token a[j] (the root) from context c[j]. Depth
-i of the drafter is fed a[j] .. a[j+i] and guesses a[j+1+i]. Its teacher there is the target's own
-distribution, softmax(rows c[j+1+i]) over the drafter's vocabulary (soft targets), or the token
-itself (hard targets). All depths and positions are computed at once, teacher forced; logits exist
-for one block of rows at a time.
+At a position j of a text the target has just chosen token a[j] (the root) from context c[j]. Depth i of the drafter is
+fed a[j] .. a[j+i] and guesses a[j+1+i]. Its teacher there is the target's own distribution, softmax(rows c[j+1+i]) over
+the drafter's vocabulary (soft targets), or the token itself (hard targets). All depths and positions are computed at
+once, teacher forced; logits exist for one block of rows at a time.
 
-Source: ReDrafter paper (arXiv 2403.09919) section 3.3, "local distillation"; the soft form is
-Hinton et al., 1503.02531.
+Source: ReDrafter paper (arXiv 2403.09919) section 3.3, "local distillation"; the soft form is Hinton et al.,
+1503.02531.
 
-Letters: N windows, P positions in a window, K depths, T = P + K, C context size, H hidden size, V
-the drafter's vocabulary, M rows of a block.
+Letters: N windows, P positions in a window, K depths, T = P + K, C context size, H hidden size, V the drafter's
+vocabulary, M rows of a block.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.kernels import exponential, silu
 
 LOGIT_BYTES = 64 << 20
-"""Size of a block of logits at most."""
+"""Upper bound on a block of logits, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +37,21 @@ class Batch:
     tokens: mx.array
     """(N, T) int32, target ids; tokens[n, t] was chosen in contexts[n, t]"""
     left: mx.array
-    """(N, P) int32: how many further tokens the text has after this one; limits the depths that
-    count"""
+    """(N, P) int32: how many tokens the text has after this one; deeper guesses do not count"""
     weight_sum: mx.array | None = None
-    """Scalar that the weights of all guesses are divided by; None: their own sum"""
+    """scalar that the weights of all guesses are divided by; None: their sum"""
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is summed up."""
+    """How the guesses of all depths make one loss."""
 
     depths: int = 4
     """K = L - 1: tokens guessed at every position"""
     soft: float = 1.0
     """Weight of the target's distribution; the rest is on the token itself."""
     decay: float = 0.8
-    """Weight of a depth relative to the one before: a later guess counts only where the earlier
-    ones held."""
+    """Weight of a depth relative to the one before: a later guess counts only if the earlier ones were accepted."""
     reach: float = 0.0
     """A depth also weighs p^reach, p being the probability that the drafter itself gave to the tokens before it:
     1 trains each depth where the drafter's own guesses would get there, 0 everywhere alike."""
@@ -70,13 +67,13 @@ class Objective:
             raise ValueError(f"reach must be between 0 and 1, not {self.reach}")
 
     def weights(self, batch: Batch) -> mx.array:
-        """(K, N, P): weight of every guess; they sum to 1, or to 0 where none counts."""
+        """(K, N, P): weight of every guess; they sum to 1, or to 0 if none counts."""
         weights = self._raw_weights(batch)
         total = weights.sum() if batch.weight_sum is None else batch.weight_sum
         return weights / mx.maximum(total, 1e-6)
 
     def share(self, batch: Batch, rank: int, size: int) -> Batch:
-        """One process' windows of `size` processes; the mean of their losses is the batch's."""
+        """The windows of one of `size` processes; the mean of the processes' losses is the loss of the batch."""
         own = slice(rank, None, size)
         total = self._raw_weights(batch).sum() / size
         return Batch(batch.contexts[own], batch.tokens[own], batch.left[own], total)
@@ -89,8 +86,8 @@ class Objective:
 def depth_features(drafter: RecurrentDrafter, batch: Batch, embed: Embed, depths: int) -> list[mx.array]:
     """The drafter's features at every position and depth, teacher forced: K arrays (N, P, X or H).
 
-    The numbers of `drafter.features(...)` on `drafter.states(...)`, but what depends only on the
-    context or on one token is computed once and not at every depth.
+    Equal to `drafter.features(...)` of `drafter.states(...)`, but what depends only on the context or on one token is
+    computed once and not at every depth.
     """
     size, config = batch.left.shape[1], drafter.config
     embeddings = embed(batch.tokens[:, : size + depths - 1])
@@ -110,7 +107,7 @@ def depth_features(drafter: RecurrentDrafter, batch: Batch, embed: Embed, depths
 
 
 def _softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """(M, V) -> probabilities (M, V) and log of the normaliser (M, 1)."""
+    """(M, V) -> probabilities (M, V) and log of the normalizer (M, 1)."""
     top = logits.max(axis=-1, keepdims=True)
     powers = exponential(logits - top)
     total = powers.sum(axis=-1, keepdims=True)
@@ -118,8 +115,7 @@ def _softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def teacher_probs(contexts: mx.array, rows: mx.array) -> mx.array:
-    """The target's distribution over the drafter's vocabulary. (..., C or H), rows (V, H) -> (...,
-    V)."""
+    """The target's distribution over the drafter's vocabulary: (..., C or H) and rows (V, H) -> (..., V)."""
     return _softmax(contexts[..., : rows.shape[1]] @ rows.T)[0]
 
 
@@ -148,21 +144,21 @@ def _frozen_head(
         weights: (M, 1).
 
     Returns:
-        the loss; its gradient by `features`: it costs less here, where the probabilities are at
-        hand, than computed again on the way back; and the logs of the normalisers (M, 1), without a gradient.
+        the loss; its gradient by `features`, computed here because the probabilities are at hand; and the logs of the
+        normalizers (M, 1), without a gradient.
     """
-    losses, gradients, normalisers = [], [], []
+    losses, gradients, normalizers = [], [], []
     ones = mx.ones((matrix.shape[0], 1))
     for part, logits in _row_blocks(features, matrix):
         top = logits.max(axis=-1, keepdims=True)
         powers = exponential(logits - top)
         total = powers @ ones  # a matrix product sums faster on the CPU
-        normaliser = top + mx.log(total)
+        normalizer = top + mx.log(total)
         agreement = (features[part] * expected[part]).sum(axis=-1, keepdims=True)
-        losses.append((weights[part] * (mass[part] * normaliser - agreement)).sum())
+        losses.append((weights[part] * (mass[part] * normalizer - agreement)).sum())
         gradients.append(weights[part] * (mass[part] * (powers @ matrix) / total - expected[part]))
-        normalisers.append(normaliser)
-    return mx.stack(losses).sum(), mx.concatenate(gradients), mx.concatenate(normalisers)
+        normalizers.append(normalizer)
+    return mx.stack(losses).sum(), mx.concatenate(gradients), mx.concatenate(normalizers)
 
 
 def _frozen_head_vjp(
@@ -174,19 +170,20 @@ def _frozen_head_vjp(
 def _trained_head(
     features: mx.array, matrix: mx.array, probs: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """As `_frozen_head`, for a `matrix` (V, X) that is trained too and a teacher `probs` (M, V); the third value
-    is the gradient by the matrix."""
-    losses, gradients, normalisers, by_matrix = [], [], [], mx.zeros_like(matrix)
+    """As `_frozen_head`, for a `matrix` (V, X) that is trained too and a teacher `probs` (M, V). The third value is the
+    gradient by the matrix.
+    """
+    losses, gradients, normalizers, by_matrix = [], [], [], mx.zeros_like(matrix)
     for part, logits in _row_blocks(features, matrix):
-        guess, normaliser = _softmax(logits)
+        guess, normalizer = _softmax(logits)
         mass = probs[part].sum(axis=-1, keepdims=True)
-        entropies = mass * normaliser - (probs[part] * logits).sum(axis=-1, keepdims=True)
+        entropies = mass * normalizer - (probs[part] * logits).sum(axis=-1, keepdims=True)
         losses.append((weights[part] * entropies).sum())
         error = weights[part] * (guess * mass - probs[part])
         gradients.append(error @ matrix)
         by_matrix = by_matrix + error.T @ features[part]
-        normalisers.append(normaliser)
-    return mx.stack(losses).sum(), mx.concatenate(gradients), by_matrix, mx.concatenate(normalisers)
+        normalizers.append(normalizer)
+    return mx.stack(losses).sum(), mx.concatenate(gradients), by_matrix, mx.concatenate(normalizers)
 
 
 def _trained_head_vjp(
@@ -210,16 +207,16 @@ cross_entropy_of_head = _with_vjp(_trained_head, _trained_head_vjp)
 
 
 class Teacher:
-    """What the guesses of a batch are held against, at its positions 1 .. T - 1, in rows of M = N (T - 1).
+    """What the guesses of a batch are compared with, at its positions 1 .. T - 1.
 
-    Its distribution is `objective.soft` parts the target's own and else the token of the text; tokens outside the
-    drafter's vocabulary have no row, so such a position counts for less.
+    A mixture of the target's distribution, with weight `soft`, and the token of the text. A token outside the drafter's
+    vocabulary has no row, so such a position counts for less.
     """
 
     def __init__(self, drafter: RecurrentDrafter, batch: Batch, rows: mx.array, soft: float) -> None:
         self.contexts, self.rows, self.soft = batch.contexts[:, 1:], rows, soft
         self.draft_tokens = drafter.draft_ids()[batch.tokens[:, 1:]]
-        """(N, T - 1): the token of the text as the drafter counts it, -1 outside its vocabulary"""
+        """(N, T - 1): the drafter's id of the token of the text, -1 outside its vocabulary"""
 
     def probs(self) -> mx.array:
         """(N, T - 1, V)"""
@@ -231,7 +228,7 @@ class Teacher:
         return probs
 
     def expected(self, matrix: mx.array) -> tuple[mx.array, mx.array]:
-        """(N, T - 1, H): mean row of `matrix` under the distribution; and its mass (N, T - 1, 1)."""
+        """The mean row of `matrix` under the distribution, (N, T - 1, H), and the distribution's mass (N, T - 1, 1)."""
         probs = self.probs()
         mass = mx.ones((*probs.shape[:2], 1)) if self.soft == 1 else probs.sum(axis=-1, keepdims=True)
         return probs @ matrix, mass
@@ -240,8 +237,11 @@ class Teacher:
 def batch_loss(
     drafter: RecurrentDrafter, batch: Batch, embed: Embed, rows: mx.array, objective: Objective
 ) -> mx.array:
-    """The loss of a batch, a scalar. rows: (V, H) of the target's output embedding for the
-    drafter's vocabulary."""
+    """The loss of a batch, a scalar.
+
+    Args:
+        rows: (V, H) of the target's output embedding for the drafter's vocabulary.
+    """
     size = batch.left.shape[1]
     teacher = Teacher(drafter, batch, rows, objective.soft)
     frozen = drafter.config.head == "factored"

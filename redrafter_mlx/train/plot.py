@@ -1,4 +1,4 @@
-"""A picture of a training run. Needs matplotlib, which only this module imports."""
+"""A plot of a training run, drawn with matplotlib if that is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}")

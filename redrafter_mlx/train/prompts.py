@@ -17,12 +17,11 @@ import numpy as np
 
 from redrafter_mlx.target import Target
 
-from .generate import Row, write
+from .generate import Row, generate_batch
 
 Messages = list[dict[str, str]]
 
-# Beginnings of a user's turn. An empty one leaves the subject wholly to the target; the others make
-# sure that the kinds of task people ask for all occur.
+# Beginnings of a user's turn, so that all kinds of tasks that people ask for occur.
 OPENERS = (
     "Write a", "Write an essay about", "Write a story about", "Write a poem about",
     "Write an email to", "Write a letter", "Write a blog post about", "Write a speech",
@@ -45,60 +44,57 @@ OPENERS = (
 MIN_WORDS, MAX_PROMPT_TOKENS = 3, 80
 
 
-def normalise(text: str) -> str:
-    """What makes two prompts the same: their words, without case, punctuation and spacing."""
+def normalize(text: str) -> str:
+    """Reduce a prompt to its words, without case, punctuation and spacing. Prompts are compared in this form."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def is_held_out(text: str, every: int) -> bool:
-    """Whether a prompt belongs to the held-out one in `every`: decided by its hash, so it never
-    changes sides."""
-    digest = hashlib.sha256(normalise(text).encode()).digest()
+    """True for one prompt in `every`. Its hash decides, so a prompt is held out in every run or in none."""
+    digest = hashlib.sha256(normalize(text).encode()).digest()
     return int.from_bytes(digest[:4], "big") % every == 0
 
 
 def user_text(messages: Messages) -> str:
-    """What a prompt is told apart by: all that users say in it."""
+    """Everything that the user says in a prompt; two prompts with the same user text count as the same."""
     return "\n".join(m["content"] for m in messages if m["role"] == "user")
 
 
 class PromptFilter:
-    """Lets every prompt through once, and excluded ones never."""
+    """Accepts every prompt once, and never an excluded one."""
 
     def __init__(self, excluded: Iterable[str] = ()) -> None:
-        self._excluded = {normalise(text) for text in excluded} - {""}
+        self._excluded = {normalize(text) for text in excluded} - {""}
         self._seen: set[str] = set()
 
     def accepts(self, text: str) -> bool:
-        """True for a new prompt, which is thereby no longer new."""
-        key = normalise(text)
+        """True for a prompt that was not accepted before; remembers it."""
+        key = normalize(text)
         if key in self._seen or self.excludes(text):
             return False
         self._seen.add(key)
         return True
 
     def excludes(self, text: str) -> bool:
-        """True for an empty prompt and one that must not be trained on."""
-        key = normalise(text)
+        """True for an empty prompt and for one that must not be trained on."""
+        key = normalize(text)
         return not key or any(self._resembles(key, other) for other in self._excluded)
 
     @staticmethod
     def _resembles(key: str, excluded: str) -> bool:
-        """Equal, or one begins with all of the other: a cut or an extended copy is the same
-        prompt."""
+        """True if they are equal or one begins with the other, so that cut and extended copies are found too."""
         return key.startswith(excluded) or (len(key) >= 40 and excluded.startswith(key))
 
 
 def read_prompts(path: Path) -> list[Messages]:
-    """Prompts of a `.jsonl` file, a text file (one a line) or a data set folder (its .jsonl, .json
-    and .txt files).
+    """Read the prompts of a `.jsonl` file, a text file (one per line) or a folder of .jsonl, .json and .txt files.
 
     A JSON line holds "messages", "conversations" (from / value), "turns" (texts) or a string under "prompt",
     "instruction", "question" or "text"; a conversation is cut before its last assistant turn.
     Parquet and Arrow files are not read.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; no prompt in it; a line that is none.
+        FileNotFoundError, ValueError: no such file, a file without prompts, or a line that is not a prompt.
     """
     if path.is_dir():
         files = sorted(f for kind in ("jsonl", "json", "txt") for f in path.rglob(f"*.{kind}"))
@@ -118,7 +114,7 @@ def read_prompts(path: Path) -> list[Messages]:
 
 
 def read_excluded(path: Path) -> list[str]:
-    """Everything that users say in a file or folder of prompts: a benchmark's, never to be trained on.
+    """Read what users say in a file or folder of prompts, such as a benchmark, that must not be trained on.
 
     Raises:
         FileNotFoundError, ValueError: as `read_prompts`.
@@ -168,7 +164,7 @@ def _messages(line: str, where: str) -> Messages:
 
 
 def _conversation(value: dict[str, Any]) -> Messages | None:
-    """The messages of one JSON object; None where it has none."""
+    """The messages of one JSON object; None if it has none."""
     if isinstance(value.get("turns"), list):  # MT-bench: what the user says, turn by turn
         return [{"role": "user", "content": str(text)} for text in value["turns"]]
     turns = value.get("messages") or value.get("conversations")
@@ -187,7 +183,7 @@ def _conversation(value: dict[str, Any]) -> Messages | None:
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """The token ids around a user's turn, as the target's chat template has them."""
+    """The token ids around a user's turn in the target's chat template."""
 
     before_user: tuple[int, ...]
     after_user: tuple[int, ...]
@@ -195,7 +191,11 @@ class ChatFormat:
 
     @classmethod
     def of(cls, tokenizer: Any) -> ChatFormat:
-        """Raises ValueError where the tokenizer has no chat template."""
+        """Read the format off the tokenizer's chat template.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("the target has no chat template, so it cannot ask itself: give --prompts")
         mark = "\u2603mark\u2603"
@@ -208,10 +208,9 @@ class ChatFormat:
 
 
 def self_prompts(target: Target, tokenizer: Any, count: int, rng: np.random.Generator) -> list[str]:
-    """Have an instruct model write up to `count` user turns itself (T = 0.9, top-40).
+    """Have an instruct model write up to `count` user turns (T = 0.9, top-40).
 
-    Half of them start from nothing, half from one of `OPENERS`. Unfinished and trivial ones are
-    left out.
+    Half of them start from nothing, half from one of `OPENERS`. Unfinished and trivial ones are left out.
     """
     chat = ChatFormat.of(tokenizer)
     openers = ["" if rng.random() < 0.5 else OPENERS[rng.integers(len(OPENERS))] for _ in range(count)]
@@ -223,17 +222,16 @@ def self_prompts(target: Target, tokenizer: Any, count: int, rng: np.random.Gene
         for opener in openers
     ]  # fmt: skip
     stop = chat.stop | set(chat.after_user[:1])
-    texts = []
-    for opener, written in zip(openers, write(target, rows, stop, rng, with_contexts=False), strict=True):
-        text = (opener + tokenizer.decode(written.tokens[:-1])).strip()
-        if written.stopped and len(text.split()) >= MIN_WORDS:
+    turns, texts = generate_batch(target, rows, stop, rng, with_contexts=False), []
+    for opener, turn in zip(openers, turns, strict=True):
+        text = (opener + tokenizer.decode(turn.tokens[:-1])).strip()
+        if turn.stopped and len(text.split()) >= MIN_WORDS:
             texts.append(text)
     return texts
 
 
-def tokenise(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a prompt up to where the assistant speaks; plain text where there is no chat
-    template."""
+def tokenize(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt up to where the assistant answers; of its plain text if there is no chat template."""
     if getattr(tokenizer, "chat_template", None):
         return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
     return list(tokenizer.encode("\n".join(m["content"] for m in messages)))

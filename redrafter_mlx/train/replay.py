@@ -1,9 +1,9 @@
-"""Real acceptance without the target: its stored greedy text is replayed through the drafter's own search.
+"""Acceptance without running the target: its stored greedy text is replayed through the drafter's own search.
 
-Greedy text is a function of the target alone, so a search from the state in which a token was chosen, held against the
-tokens that followed, takes exactly the steps that decoding with this drafter would take. What decoding starts its
-steps from is not every position alike (it stops where guessing is hard), so this is lower than the teacher-forced
-figure over all positions, and it is the one that counts.
+Greedy text depends on the target alone. So searching from the context in which a token was chosen, and comparing the
+draft with the tokens that followed, takes exactly the steps that decoding with this drafter would take. Decoding starts
+more of its steps where guessing is hard, so this figure is lower than the teacher-forced one over all positions, and it
+is the one that counts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .corpus import Corpus
 def num_accepted(
     tokens: np.ndarray, parents: np.ndarray, logprobs: np.ndarray, nodes: int, truth: list[int]
 ) -> int:
-    """How many tokens of `truth` a draft has found among the nodes - 1 most probable candidates that it offers.
+    """How many tokens of `truth` are found among the `nodes` - 1 most probable candidates of a draft.
 
     Args:
         tokens, parents, logprobs: (P,), see `redrafter_mlx.tree.Candidates`.
@@ -45,7 +45,7 @@ def num_accepted(
 def replay(
     drafter: RecurrentDrafter, embed: Embed, contexts: np.ndarray, tokens: list[int], beam: Beam
 ) -> Iterator[int]:
-    """Draft tokens accepted in each step over one greedy text, up to its last whole beam.
+    """Yield how many draft tokens each step over one greedy text accepts, up to the last whole beam.
 
     Args:
         contexts: (n, C); contexts[j] is the state in which the target chose tokens[j].
@@ -71,7 +71,7 @@ def replay(
 def replayed(
     drafter: RecurrentDrafter, embed: Embed, contexts: np.ndarray, tokens: list[int], beam: Beam
 ) -> Stats:
-    """What decoding one greedy text takes; arguments as `replay`."""
+    """Statistics of decoding one greedy text; arguments as `replay`."""
     stats = Stats()
     for accepted in replay(drafter, embed, contexts, tokens, beam):
         stats.observe(beam.nodes or beam.most_nodes, accepted + 1)
@@ -79,7 +79,7 @@ def replayed(
 
 
 def held_out(drafter: RecurrentDrafter, embed: Embed, corpus: Corpus, beam: Beam, limit: int) -> Stats:
-    """What decoding with the drafter brings on about `limit` tokens of held-out answers."""
+    """Statistics of decoding about `limit` tokens of held-out answers with the drafter."""
     drafter, stats = drafter.frozen(), Stats()
     for contexts, tokens in corpus.held_out_answers(limit):
         stats.add(replayed(drafter, embed, contexts, tokens, beam))

@@ -1,5 +1,4 @@
-"""From a target to a finished drafter: write the data, train, export. What `redrafter train`
-does."""
+"""From a target to a finished drafter: generate the data, train, export. This is what `redrafter train` does."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ class Shape:
     num_draft_layers: int = 2
     head: str = "factored"
     draft_vocab_size: int | None = 6144
-    """Commonest tokens of the text; None or more than the target knows: all of them."""
+    """The drafter's vocabulary: this many of the text's most common tokens. None, or more than the target has: all."""
     rnn: bool = True
 
     def config(self, target: Target) -> DrafterConfig:
@@ -66,30 +65,30 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Everything that one training run is made of."""
+    """What one training run is asked to do."""
 
     out: Path
     """Folder of the drafter, its checkpoints and, under `data`, its text."""
     prompts: Path | None = None
     """File or folder of prompts; None: the target writes its own."""
     text: Path | None = None
-    """Answers that the target wrote before (see `Text`), used instead of new ones."""
+    """Answers that the target generated before (see `Text`), used instead of new ones."""
     num_answers: int = 1000
-    """Answers to write; with `prompts`, at most."""
+    """Number of answers to generate; with `prompts`, at most one per prompt."""
     exclude: Path | None = None
     """Prompts never to be trained on: a benchmark's."""
     context_layers: tuple[int, ...] | None = None
-    """None: three, low, middle and high."""
+    """Target layers whose output the drafter reads. None: a low, a middle and a high one."""
     rows: int = 96
     max_tokens: int = 160
     data_seed: int = 0
     disk_budget: float | None = None
-    """Bytes of states after which no more text is written; None: no limit."""
+    """Bytes of contexts from which on no more text is generated; None: no limit."""
     start_from: Path | None = None
-    """A drafter of this target to go on from, its shape included; None: a new one."""
+    """A drafter of this target to continue from; its shape is kept. None: a new one."""
     vocabulary: int | None = None
-    """With `start_from`: choose so many of the text's commonest tokens anew, 0: all; None: the
-    drafter's own."""
+    """With `start_from`: give it this many of the text's most common tokens as a new vocabulary, 0: all. None: keep its
+    own."""
     shape: Shape = field(default_factory=Shape)
     settings: Settings = field(default_factory=Settings)
 
@@ -97,8 +96,8 @@ class Request:
 def default_exit_dim(hidden_size: int) -> int:
     """A multiple of 64 near 4/3 of the hidden size; the hidden size itself for large targets.
 
-    A drafter's cost grows with the square of its width, and it runs L - 1 times in a step: this
-    keeps what it reads under a tenth of what a target of 7 billion weights reads.
+    The cost of a drafter grows with the square of its width, and it runs L - 1 times in a step. This width keeps what
+    it reads below a tenth of what a target of 7 billion weights reads.
     """
     width = hidden_size if hidden_size >= 2048 else 4 * hidden_size // 3
     return max(64, width // 64 * 64)
@@ -112,7 +111,7 @@ def default_context_layers(num_layers: int) -> tuple[int, ...]:
 def write_data(
     target: Target, tokenizer: Any, request: Request, on_step: Callable[[int], None] | None = None
 ) -> int:
-    """Write (or finish writing) the text of a run; returns its number of tokens.
+    """Generate the text of a run, or what is missing of it. Returns its number of tokens.
 
     Raises:
         FileNotFoundError, ValueError: see `read_prompts` and `Generator`.
@@ -149,14 +148,14 @@ def _fingerprint(texts: list[Messages] | list[list[int]]) -> str:
 
 
 def make_trainer(target: Target, request: Request) -> Trainer:
-    """The trainer for a run whose text is written."""
+    """The trainer of a run whose text is complete."""
     corpus = Corpus([request.out / "data"])
     if request.start_from is None:
         drafter = new_drafter(request.shape.config(target), target, corpus, request.settings.seed)
     else:
         drafter = load_recurrent(request.start_from, mx.float32)
         if drafter.config.quantization:
-            raise ValueError(f"{request.start_from} is quantised: go on from what it was made of")
+            raise ValueError(f"{request.start_from} is quantized: continue from the drafter it was made from")
         if request.vocabulary is not None:
             if drafter.config.head != "factored":
                 raise ValueError(
@@ -171,8 +170,8 @@ def make_trainer(target: Target, request: Request) -> Trainer:
     return Trainer(drafter, target, corpus, request.out, request.settings)
 
 
-def half(drafter: RecurrentDrafter) -> RecurrentDrafter:
-    """The drafter's weights as float16, in place: half the file, and no token per step lost."""
+def to_float16(drafter: RecurrentDrafter) -> RecurrentDrafter:
+    """Round the drafter's weights to float16, in place. The file halves, and acceptance does not change."""
     drafter.update(
         tree_map(lambda a: a.astype(mx.float16) if a.dtype == mx.float32 else a, drafter.parameters())
     )
@@ -181,7 +180,7 @@ def half(drafter: RecurrentDrafter) -> RecurrentDrafter:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What an exported drafter is worth: held-out tokens per step, before and after."""
+    """Held-out tokens per step of a drafter before and after its weights were rounded, and its size."""
 
     before: float
     after: float
@@ -189,8 +188,7 @@ class Export:
 
 
 def export(source: Path, out: Path, target: Target, corpus: Corpus, bits: int | None) -> Export:
-    """Write the drafter of `source` for shipping, as float16 or quantised, calibrated on held-out
-    text, and measure what the rounding cost.
+    """Save the drafter of `source` in float16 or quantized, calibrated on held-out text, and measure what that costs.
 
     Args:
         bits: 4 or 8; None for float16.
@@ -210,7 +208,7 @@ def export(source: Path, out: Path, target: Target, corpus: Corpus, bits: int | 
 
     before = score()
     if bits is None:
-        half(drafter)
+        to_float16(drafter)
     else:
         group_size = 64 if np.gcd(drafter.config.hidden_size, drafter.config.exit_dim) % 64 == 0 else 32
         quantization = {"bits": bits, "group_size": group_size}

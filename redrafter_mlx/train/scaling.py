@@ -1,10 +1,9 @@
 """Well-conditioned coordinates for training, folded away in the weights that are saved.
 
-A target's hidden state has a few dimensions that are ten times larger than the rest and nearly
-constant, and its embeddings may be very small; Adam, which moves every weight by about the same
-amount, then blows up on the first and crawls on the second. So the optimizer sees weights for
-standardised inputs, (context - mean) / deviation and embedding / rms, and `fold` turns them into
-weights for the inputs as they are: exactly the same function, no new parameter.
+A target's hidden state has a few dimensions that are ten times larger than the rest and nearly constant, and its
+embeddings may be very small. Adam, which moves every weight by about the same amount, diverges on the first and hardly
+moves on the second. So the optimizer sees weights for standardized inputs, (context - mean) / deviation and embedding /
+rms, and `fold` turns them into weights for the inputs as they are: the same function, without a new parameter.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Scaling:
         )
 
     def fold(self, weights: Weights) -> Weights:
-        """Weights for standardised inputs -> weights for the inputs as they are."""
+        """Weights for standardized inputs -> weights for the inputs as they are."""
         out = dict(weights)
         if "rnn_w" in weights:
             out["rnn_w"] = {"weight": weights["rnn_w"]["weight"] / self.embedding}
@@ -77,11 +76,11 @@ class Scaling:
         return out
 
 
-def start(drafter: RecurrentDrafter, scaling: Scaling) -> None:
-    """Set a drafter's weights so that every layer passes on values of about unit size.
+def init_weights(drafter: RecurrentDrafter, scaling: Scaling) -> None:
+    """Set a drafter's weights so that the values of every layer are of about unit size.
 
-    Residual blocks start as the identity. (Starting a factored head as the target's own, so that
-    the first guess is the root once more, learned more slowly: see docs/training.md.)
+    Residual blocks start as the identity. Starting a factored head as the target's own, whose first guess is the root
+    again, learned more slowly (docs/notes/drafter-runs.md).
     """
     config = drafter.config
     size, exit_dim = config.hidden_size, config.exit_dim

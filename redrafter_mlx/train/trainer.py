@@ -1,10 +1,9 @@
 """Training a drafter on a corpus: AdamW, warm-up and cosine, checkpoints that resume exactly.
 
-Everything random follows from (seed, epoch), so a run is a function of its corpus and settings;
-`last.safetensors` holds weights, optimizer state and step, and a run killed at any moment continues
-to the same weights. In a folder: `last.safetensors`, `metrics.jsonl`, and the best drafter so far
-as `config.json` + `model.safetensors` + README.md. Under `mlx.launch` every process takes its share
-of each batch's windows and gradients are averaged.
+Everything random follows from (seed, epoch), so a run is a function of its corpus and settings; `last.safetensors`
+holds weights, optimizer state and step, and a run that was stopped at any moment continues to the same weights. In a
+folder: `last.safetensors`, `metrics.jsonl`, and the best drafter so far as `config.json`, `model.safetensors` and
+README.md. Under `mlx.launch` every process takes its share of each batch's windows, and gradients are averaged.
 
 Letters: as in `loss`.
 """
@@ -35,7 +34,7 @@ from .card import card
 from .corpus import Corpus, WindowShape
 from .loss import Batch, Objective, batch_loss
 from .replay import held_out
-from .scaling import Scaling, Weights, start
+from .scaling import Scaling, Weights, init_weights
 
 LAST, METRICS = "last.safetensors", "metrics.jsonl"
 
@@ -47,12 +46,12 @@ class Settings:
     epochs: float = 2.0
     learning_rate: float = 1e-3
     warmup: float = 0.05
-    """Share of all steps."""
+    """Share of all steps in which the learning rate rises."""
     final_rate: float = 0.0
-    """Share of the learning rate left at the end; above 0 for a run that another one continues."""
+    """Learning rate at the end, as a share of its peak; above 0 for a run that another one continues."""
     weight_decay: float = 0.01
     clip: float = 1.0
-    """Norm of the gradient at most."""
+    """Upper bound on the norm of the gradient."""
     windows: int = 8
     """Windows in a batch."""
     window: int = 32
@@ -62,7 +61,7 @@ class Settings:
     validate_every: int = 200
     """Steps between validations, each with a checkpoint."""
     validation_tokens: int = 2000
-    """Of held-out answers that are decoded with the drafter in a validation."""
+    """Tokens of held-out answers that a validation decodes with the drafter."""
     patience: int = 0
     """Validations without improvement before stopping early; 0: never."""
 
@@ -81,7 +80,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What the trainer tells about itself after a step."""
+    """How far a training run has got."""
 
     step: int
     steps: int
@@ -89,8 +88,7 @@ class Progress:
     positions_per_second: float
     seconds_left: float
     acceptance: tuple[float, ...] = ()
-    """Share of decode steps on held-out text in which the guesses up to each depth were accepted, at the last
-    validation"""
+    """share of decode steps on held-out text in which the guesses up to each depth were accepted, last validation"""
 
     @property
     def tokens_per_step(self) -> float:
@@ -98,20 +96,21 @@ class Progress:
 
 
 def new_drafter(config: DrafterConfig, target: Target, corpus: Corpus, seed: int = 0) -> RecurrentDrafter:
-    """A drafter before training, attached to its target; a reduced vocabulary is the corpus' commonest tokens."""
+    """A drafter before training, attached to its target. A reduced vocabulary has the corpus' most common tokens."""
     mx.random.seed(seed)
     drafter = RecurrentDrafter(config)
     if config.draft_vocab_size is not None:
         choose_vocabulary(drafter, corpus, config.draft_vocab_size)
-    start(drafter, Scaling.of(corpus, target))
+    init_weights(drafter, Scaling.of(corpus, target))
     mx.eval(drafter.parameters())
     drafter.attach(target)
     return drafter
 
 
 def choose_vocabulary(drafter: RecurrentDrafter, corpus: Corpus, size: int) -> None:
-    """Make the `size` commonest tokens of the corpus, by frequency, the drafter's vocabulary (attach it after). The
-    rows of a full head are not moved, so one that was trained must keep its vocabulary.
+    """Make the `size` most common tokens of the corpus the drafter's vocabulary; attach the drafter afterwards.
+
+    The rows of a full head are not moved, so a drafter whose full head was trained must keep its vocabulary.
     """
     drafter.config = changed(drafter.config, draft_vocab_size=size)
     counts = corpus.token_counts(drafter.config.vocab_size)
@@ -124,8 +123,7 @@ class Trainer:
     """One training run in one folder; `run` starts it or continues it.
 
     Raises:
-        ValueError: the corpus or the checkpoint in `folder` belongs to another target or other
-        settings.
+        ValueError: the corpus or the checkpoint in `folder` belongs to another target or other settings.
     """
 
     def __init__(
@@ -159,11 +157,11 @@ class Trainer:
         )
         self.scaling = Scaling.of(corpus, target)
         self.weights: Weights = self.scaling.unfold(drafter.trainable_parameters())
-        """What the optimizer moves; the drafter holds them folded."""
+        """The weights that the optimizer updates; the drafter holds them folded."""
         self.optimizer.init(self.weights)
         self.rows = target.output_rows(drafter.target_ids()).astype(mx.float32)
         self.earlier = _runs(drafter.config.training)
-        """What this drafter was trained with before this run."""
+        """The runs in which this drafter was trained before."""
         ids = drafter.target_ids()
         counts = corpus.token_counts(drafter.config.vocab_size)
         self.coverage = 1.0 if ids is None else float(counts[np.array(ids)].sum() / counts.sum())
@@ -176,7 +174,7 @@ class Trainer:
         self.seconds = 0.0
 
     def estimate(self) -> str:
-        """Size of the run in words, for the user to see before it starts."""
+        """The size of the run in words, shown to the user before it starts."""
         settings, config = self.settings, self.drafter.config
         own = sum(a.size for a in dict(tree_flatten(self.weights)).values())
         positions = settings.windows * settings.window
@@ -196,8 +194,7 @@ class Trainer:
     def run(
         self, on_progress: Callable[[Progress], None] | None = None, stop_after: int | None = None
     ) -> float:
-        """Train to the end (or for `stop_after` steps, as a kill would); returns the best tokens
-        per step.
+        """Train to the end, or for `stop_after` steps. Returns the best held-out tokens per step.
 
         Raises:
             ValueError: the loss is no longer finite; the last checkpoint is kept.
@@ -248,7 +245,7 @@ class Trainer:
         return Progress(self.step, self.steps, loss, rate * positions, left, self.last_acceptance)
 
     def _remaining(self) -> Iterator[Batch]:
-        """Batches from the current step on; of each, this process' share."""
+        """The batches from the current step on, of each the share of this process."""
         s, rank, size = self.settings, self.group.rank(), self.group.size()
         while self.step < self.steps:
             epoch, skip = divmod(self.step, self.batches)
@@ -312,7 +309,7 @@ class Trainer:
             write_safetensors(path, arrays, {"state": json.dumps(state)})
 
     def _fingerprint(self) -> str:
-        """What a checkpoint must share with the run that continues it."""
+        """The settings and data that a checkpoint and the run that continues it must have in common."""
         own = {k: v for k, v in asdict(self.settings).items() if k != "patience"}
         return json.dumps({**own, "positions": self.corpus.num_positions}, sort_keys=True)
 
@@ -336,7 +333,7 @@ class Trainer:
 
 
 def _runs(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """The earlier runs of a drafter, oldest first; each with what matters of it."""
+    """The earlier runs of a drafter, oldest first, each with its main settings."""
     if not training:
         return []
     last = {key: training.get(key) for key in ("positions", "epochs", "learning_rate", "windows", "seed")}
