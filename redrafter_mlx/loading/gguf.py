@@ -27,7 +27,7 @@ from mlx_lm.tokenizer_utils import (
 
 from redrafter_mlx.files import check_real, check_weights
 
-UINT32 = 4  # its type in the metadata
+UINT32, FLOAT64 = 4, 12  # types in the metadata
 MAX_DEPTH = 8  # of arrays in each other
 GROUP_SIZE = 32  # of every packed type mx.load produces from a GGUF
 READ_ERRORS = (RuntimeError, ValueError, OverflowError)
@@ -52,10 +52,13 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """Metadata and tensor directory: name -> (shape, row-major, and ggml type name)."""
+    """What stands before the weights."""
 
     metadata: dict[str, Any]
     tensors: dict[str, tuple[tuple[int, ...], str]]
+    """name -> shape, row-major, and ggml type name"""
+    kinds: frozenset[int]
+    """types of all metadata, those inside arrays too"""
 
 
 def _read(file: BinaryIO, code: str) -> Any:
@@ -74,14 +77,16 @@ def _read_string(file: BinaryIO) -> str:
     return data.decode("utf-8", errors="replace")
 
 
-def _read_value(file: BinaryIO, kind: int, depth: int = 0) -> Any:
+def _read_value(file: BinaryIO, kind: int, kinds: set[int], depth: int = 0) -> Any:
+    """A value of the metadata; an array adds the type of its items to `kinds`."""
     if kind == 8:
         return _read_string(file)
     if kind == 9:
         if depth == MAX_DEPTH:
             raise EOFError
         item, count = _read(file, "I"), _read(file, "Q")
-        return [_read_value(file, item, depth + 1) for _ in range(count)]
+        kinds.add(item)
+        return [_read_value(file, item, kinds, depth + 1) for _ in range(count)]
     return _read(file, _SCALARS[kind])
 
 
@@ -109,10 +114,11 @@ def _parse(file: BinaryIO, path: Path) -> GGUFHeader:
     if version not in (2, 3):
         raise ValueError(f"{path} has GGUF version {version}; versions 2 and 3 can be read")
     num_tensors, num_values = _read(file, "Q"), _read(file, "Q")
-    metadata = {}
+    metadata, kinds = {}, set[int]()
     for _ in range(num_values):
         key, kind = _read_string(file), _read(file, "I")
-        metadata[key] = _read_value(file, kind)
+        kinds.add(kind)
+        metadata[key] = _read_value(file, kind, kinds)
         if key == "general.alignment" and kind != UINT32:
             raise ValueError(
                 f"{path}: general.alignment must be a uint32, not {metadata[key]!r} of type {kind}"
@@ -141,7 +147,7 @@ def _parse(file: BinaryIO, path: Path) -> GGUFHeader:
             + ", ".join(sorted(_READABLE))
         )
     _check_layout(path, sorted(spans), alignment, -(-file.tell() // alignment) * alignment)
-    return GGUFHeader(metadata, tensors)
+    return GGUFHeader(metadata, tensors, frozenset(kinds))
 
 
 def _check_layout(path: Path, spans: list[tuple[int, int, str]], alignment: int, begin: int) -> None:
@@ -212,13 +218,13 @@ _LISTS: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def _load_tensors(path: Path) -> dict[str, mx.array]:
-    """The tensors as MLX reads them. Its reader dies of a float64 in the metadata, so that is looked for first.
+def _load_tensors(path: Path, header: GGUFHeader) -> dict[str, mx.array]:
+    """The tensors as MLX reads them. Its reader dies of a float64 in the metadata, so that is refused first.
 
     Raises:
         ValueError: there is one, or MLX refuses the file.
     """
-    if _holds_float64(path):
+    if FLOAT64 in header.kinds:
         raise ValueError(f"{path} holds a float64 in its metadata, which MLX's reader cannot read")
     try:
         raw = mx.load(str(path), format="gguf")
@@ -226,24 +232,6 @@ def _load_tensors(path: Path) -> dict[str, mx.array]:
         raise ValueError(f"{path} cannot be read by MLX: {error}") from None
     assert isinstance(raw, dict)
     return raw
-
-
-def _holds_float64(path: Path) -> bool:
-    def search(file: BinaryIO, kind: int) -> bool:
-        if kind != 9:
-            _read_value(file, kind)
-            return kind == 12
-        item, count = _read(file, "I"), _read(file, "Q")
-        return any([search(file, item) for _ in range(count)]) or item == 12
-
-    with path.open("rb") as file:
-        file.seek(8)
-        _, num_values = _read(file, "Q"), _read(file, "Q")
-        found = False
-        for _ in range(num_values):
-            _read_string(file)
-            found |= search(file, _read(file, "I"))
-    return found
 
 
 def _config(header: GGUFHeader, path: Path) -> dict[str, Any]:
@@ -335,7 +323,7 @@ def load_gguf(path: str | Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, 
     header = read_header(path)
     _check_types(header, path)
     config = _config(header, path)
-    raw = _load_tensors(path)
+    raw = _load_tensors(path, header)
     factors = raw.get("rope_freqs.weight")
     if factors is not None:  # any values do: they are overwritten by _set_rope_factors
         config["rope_scaling"] = {
