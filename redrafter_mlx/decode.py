@@ -217,7 +217,7 @@ class Text:
     def keep(self, path: list[int]) -> None:
         """Commit the nodes of `path`, root first, in the KV cache and in the counts of the penalties."""
         self.cache.keep(path)
-        self.sampler.commit(self._tree.tokens[mx.array(path)])
+        self.sampler.commit(self._tree.tokens, path)
 
     def flush(self) -> list[int]:
         """The tokens of plain steps that were launched and not read yet."""

@@ -300,8 +300,9 @@ class Sampler:
             logits = penalized(logits, self.sampling, *self._counts, tree, self._bias)
         return choose(logits, self.sampling, None if noise is None else noise[tree.depth])
 
-    def commit(self, tokens: mx.array) -> None:
-        """Count tokens (n,) int32 as generated."""
+    def commit(self, tokens: mx.array, path: Sequence[int] | None = None) -> None:
+        """Count tokens (n,) int32 as generated: those at the indices of `path`, or all."""
         if self._counts is not None:
             prompt, generated = self._counts
-            self._counts = prompt, generated.at[tokens].add(1.0)
+            kept = tokens if path is None else tokens[mx.array(list(path))]
+            self._counts = prompt, generated.at[kept].add(1.0)

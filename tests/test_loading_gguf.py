@@ -28,7 +28,16 @@ MERGES = ["t h", "th e"]
 KINDS = {bool: 7, int: 4, float: 6, str: 8}
 
 
+class Raw:
+    """A value with its type in the metadata, as other writers have it."""
+
+    def __init__(self, kind: int, data: bytes) -> None:
+        self.kind, self.data = kind, data
+
+
 def _value(value: Any) -> bytes:
+    if isinstance(value, Raw):
+        return value.data
     if isinstance(value, list):
         kind = KINDS[type(value[0])]
         return struct.pack("<IQ", kind, len(value)) + b"".join(_value(v) for v in value)
@@ -41,7 +50,7 @@ def write_gguf(path: Path, metadata: dict[str, Any], tensors: dict[str, tuple[np
     """A GGUF v3 file. tensors: name -> (raw data as stored, ggml type); shape from the array's `shape`."""
     out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     for key, value in metadata.items():
-        kind = 9 if isinstance(value, list) else KINDS[type(value)]
+        kind = value.kind if isinstance(value, Raw) else 9 if isinstance(value, list) else KINDS[type(value)]
         out += _value(key) + struct.pack("<I", kind) + _value(value)
     offset, blobs = 0, b""
     for name, (array, kind) in tensors.items():
@@ -231,3 +240,50 @@ def test_cut_short_anywhere(tmp_path: Path) -> None:
             read_header(path)
     with pytest.raises(FileNotFoundError):
         read_header(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"training.loss": Raw(12, struct.pack("<d", 0.5))}, "float64 in its metadata"),
+        ({"losses": Raw(9, struct.pack("<IQd", 12, 1, 0.5))}, "float64 in its metadata"),
+        (
+            {"deep": Raw(9, struct.pack("<IQ", 9, 1) * 600 + struct.pack("<IQ", 4, 0))},
+            "header cannot be read",
+        ),
+        ({"general.alignment": Raw(10, struct.pack("<Q", 64))}, "general.alignment must be a uint32"),
+        ({"general.alignment": "32"}, "general.alignment must be a uint32"),
+        ({"general.alignment": 7}, "general.alignment must be a multiple of 8"),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count must be an integer"),
+        ({"llama.embedding_length": "64"}, "llama.embedding_length must be an integer"),
+        ({"llama.attention.layer_norm_rms_epsilon": "small"}, "must be a number"),
+        ({"llama.block_count": 10**6}, "llama.block_count is 1000000"),
+        ({"tokenizer.ggml.bos_token_id": [1, 2]}, "bos_token_id must be an integer"),
+        ({"tokenizer.ggml.token_type": 3}, "token_type must be a list"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "token_type has 2 entries"),
+        ({"tokenizer.ggml.merges": ["zz yy"]}, "needs tokens that there are not"),
+        ({"tokenizer.chat_template": 5}, "chat_template must be text"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused_before_mlx_reads_it(
+    tmp_path: Path, change: dict[str, Any], rule: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, {**METADATA, **change}, tensors_of(tiny_llama(), 0))
+    with pytest.raises(ValueError, match=rule) as error:
+        load_gguf(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("shift", "rule"), [(-32, "lies at offset"), (1, "lies at offset")])
+def test_tensors_follow_each_other(tmp_path: Path, shift: int, rule: str) -> None:
+    """One that overlaps another, or is not aligned: other weights, if they were read."""
+    path, tensors = tmp_path / "m.gguf", tensors_of(tiny_llama(), 0)
+    write_gguf(path, METADATA, tensors)
+    offset = sum(-(-4 * array.size // 32) * 32 for array, _ in list(tensors.values())[:3])
+    name = list(tensors)[3]
+    data = path.read_bytes()
+    at = data.index(struct.pack("<Q", offset), data.index(name.encode()))
+    path.write_bytes(data[:at] + struct.pack("<Q", offset + shift) + data[at + 8 :])
+    with pytest.raises(ValueError, match=rule):
+        load_gguf(path)

@@ -213,3 +213,12 @@ def test_another_stream_waits_while_the_size_of_the_heads_is_found(monkeypatch: 
     monkeypatch.setattr(model.target, "new_cache", watched)
     stream_generate(model, [1, 2, 3], kv_bits=8, draft="off")
     assert is_free == [False]
+
+
+def test_the_size_of_the_heads_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model runs for it: not again for every text."""
+    target = make_wide_head()
+    caches = [target.new_cache(8)]
+    monkeypatch.setattr(target, "model", None)
+    monkeypatch.setattr(KVCache, "of", lambda model, bits, group_size: caches[0])
+    assert target.new_cache(4) is caches[0]

@@ -154,16 +154,15 @@ class KVCache:
         self.layers = [LayerCache(self, window) for window in windows]
 
     @classmethod
-    def of(cls, model: nn.Module, bits: int | None = None) -> KVCache:
+    def of(cls, model: nn.Module, bits: int | None = None, group_size: int = max(GROUP_SIZES)) -> KVCache:
         """A cache for `model` (mlx-lm's), a layer for every one that the model itself would make.
 
+        Args:
+            bits, group_size: how keys and values are quantized; None: not at all. See `check_bits`, `group_size_of`.
+
         Raises:
-            ValueError: the model keeps something else than keys and values (a recurrent state, say); `bits` is no
-                size that MLX quantizes to, or the model's heads cannot be quantized.
+            ValueError: the model keeps something else than keys and values (a recurrent state, say).
         """
-        if bits is not None and (not isinstance(bits, int) or bits not in KV_BITS):
-            raise ValueError(f"kv_bits must be one of {', '.join(map(str, KV_BITS))}, not {bits!r}")
-        group_size = _group_size(model) if bits is not None else max(GROUP_SIZES)
         windows: list[int | None] = []
         for index, layer in enumerate(make_prompt_cache(model)):
             if type(layer) is PlainKVCache:
@@ -240,8 +239,18 @@ class KVCache:
         return sum(array.nbytes for array in self.arrays())
 
 
-def _group_size(model: nn.Module) -> int:
-    """The largest group that divides the rows of keys and values of every layer.
+def check_bits(bits: int) -> None:
+    """Check a number of bits for keys and values.
+
+    Raises:
+        ValueError: MLX does not quantize to it.
+    """
+    if not isinstance(bits, int) or bits not in KV_BITS:
+        raise ValueError(f"kv_bits must be one of {', '.join(map(str, KV_BITS))}, not {bits!r}")
+
+
+def group_size_of(model: nn.Module) -> int:
+    """Run one token to find the largest group that divides the rows of keys and values of every layer.
 
     Raises:
         ValueError: none does.

@@ -20,7 +20,7 @@ from redrafter_mlx.kernels import optimize_target, shared_rotations
 from redrafter_mlx.tree import TokenTree, ancestor_mask, chain
 
 from . import capture
-from .cache import KVCache
+from .cache import KVCache, check_bits, group_size_of
 from .rope import TreeRope
 from .rows import QuantizedRows
 
@@ -54,6 +54,7 @@ class Target:
         self.context_layers: tuple[int, ...] = ()
         self._notes: dict[int, mx.array] = {}
         self._noted: set[int] = set()
+        self._kv_group_size: int | None = None  # of a quantized KV cache
         self._inner = capture.inner_model(model)
         self._layers: Sequence[nn.Module] = model.layers
         self.embedding: nn.Module = capture.input_embedding(self._inner)
@@ -98,7 +99,12 @@ class Target:
         Raises:
             ValueError: the model keeps something else than keys and values, or `bits` does not suit it.
         """
-        return KVCache.of(self.model, bits)
+        if bits is None:
+            return KVCache.of(self.model)
+        check_bits(bits)
+        if self._kv_group_size is None:  # the model runs for it, so once
+            self._kv_group_size = group_size_of(self.model)
+        return KVCache.of(self.model, bits, self._kv_group_size)
 
     def verify_all(self, trees: Sequence[TokenTree], caches: Sequence[KVCache]) -> list[Verified]:
         """`verify` for several texts."""
