@@ -21,8 +21,8 @@ from mlx_lm.utils import dequantize_model
 from redrafter_mlx.drafters.kinds import WEIGHTS, load_drafter, load_recurrent, save_drafter
 from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig, RecurrentDrafter, changed, full_head
 from redrafter_mlx.drafters.speculator import Speculator
-from redrafter_mlx.files import check_weights, named_weights, read_json
-from redrafter_mlx.loading import load
+from redrafter_mlx.files import cast_floating, check_weights, named_weights, read_json
+from redrafter_mlx.loading.load import load
 from redrafter_mlx.target import Target
 
 from .names import SETTINGS, Named, translate
@@ -235,9 +235,7 @@ def _load_target(name: str) -> Target:
 
 
 def _cast(arrays: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
-    if dtype is None:
-        return arrays
-    return {n: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a for n, a in arrays.items()}
+    return {name: cast_floating(array, dtype) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True, slots=True)

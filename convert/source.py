@@ -10,7 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from redrafter_mlx.files import new_folder, read_json, read_safetensors
+from redrafter_mlx.files import DTYPES, new_folder, read_json, read_safetensors
+from redrafter_mlx.loading import hub
 
 from .torch_file import TorchTensor, read_torch
 
@@ -24,7 +25,6 @@ _REPLACED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*",
     "merges.txt",
 )  # fmt: skip
-_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 def dtype_of(name: str | None) -> mx.Dtype | None:
     """The dtype a `--dtype` names."""
-    return None if name is None else _DTYPES[name]
+    return None if name is None else DTYPES[name]
 
 
 def locate(source: str, what: str) -> Path:
@@ -67,24 +67,7 @@ def locate(source: str, what: str) -> Path:
     Raises:
         FileNotFoundError: neither is there.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise FileNotFoundError(
-            f"no {what} at {source!r}: give a folder, a file, or owner/name on Hugging Face"
-        )
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors"]
-    try:
-        if not any(name.endswith(".safetensors") for name in HfApi().list_repo_files(source)):
-            wanted[-1:] = ["*.bin", "*.pt"]
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise FileNotFoundError(f"no {what} {source!r} here, and none from Hugging Face: {reason}") from None
+    return hub.locate(source, what, "a folder, a file", torch_too=True)
 
 
 def read_weights(path: Path) -> Weights:

@@ -191,6 +191,11 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(array.nbytes for array in named_weights(module).values())
 
 
+def cast_floating(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """A weight in another dtype where it is a floating one; None keeps its own."""
+    return array.astype(dtype) if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array
+
+
 def check_weights(module: nn.Module, weights: dict[str, mx.array], where: str) -> None:
     """Compare every tensor's name and shape with what the module has.
 

@@ -18,7 +18,7 @@ from convert.__main__ import main
 from redrafter_mlx.drafters.kinds import load_recurrent, save_drafter
 from redrafter_mlx.drafters.recurrent import DrafterConfig, RecurrentDrafter, changed, quantize
 from redrafter_mlx.files import named_weights
-from redrafter_mlx.loading import load
+from redrafter_mlx.loading.load import load
 
 GOLDENS = Path(__file__).parent / "goldens"
 DIALECTS = GOLDENS / "dialects"

@@ -21,7 +21,7 @@ from redrafter_mlx.drafters.kinds import load_drafter
 from redrafter_mlx.drafters.speculator import Speculator
 from redrafter_mlx.files import named_weights
 from redrafter_mlx.generation import generate
-from redrafter_mlx.loading import load
+from redrafter_mlx.loading.load import load
 
 IBM: dict[str, Any] = {
     "architectures": ["MLPSpeculatorPreTrainedModel"], "model_type": "mlp_speculator", "emb_dim": HIDDEN,

@@ -20,8 +20,8 @@ from mlx_lm.utils import load_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from convert.__main__ import main
-from redrafter_mlx.loading import load
 from redrafter_mlx.loading.gguf import load_gguf
+from redrafter_mlx.loading.load import load
 from tests.test_convert_torch_file import write_torch
 from tests.test_loading_gguf import METADATA, tensors_of, tiny_llama, write_gguf
 
@@ -327,10 +327,10 @@ class FakeHub:
         self.folder = folder
         self.asked: list[str] = []
 
-    def list_repo_files(self, _: str) -> list[str]:
+    def list_repo_files(self, _: str, revision: str | None) -> list[str]:
         return [file.name for file in self.folder.iterdir()]
 
-    def snapshot_download(self, _: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, _: str, revision: str | None, allow_patterns: list[str]) -> str:
         self.asked = allow_patterns
         return str(self.folder)
 

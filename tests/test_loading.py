@@ -109,3 +109,9 @@ def test_a_target_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="no target"):
         load(name)
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    for target, drafter in ((folder / "config.json", None), (folder, folder / "config.json")):
+        with pytest.raises(FileNotFoundError, match=r"no (target|drafter) at .*config\.json.*: give "):
+            load(target, drafter)

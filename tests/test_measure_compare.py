@@ -9,7 +9,7 @@ import pytest
 from tests.toy import make, save_folder
 
 # isort: split
-from redrafter_mlx.loading import load
+from redrafter_mlx.loading.load import load
 from redrafter_mlx.measure.compare import (
     MT_BENCH,
     Arm,

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from redrafter_mlx.files import (
+    cast_floating,
     check_weights,
     named_weights,
     new_folder,
@@ -61,7 +62,7 @@ def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> Drafter:
     weights = read_safetensors(folder / WEIGHTS)
     weights.pop("emb_norm.weight", None)  # Apple's MLX port stores it and never applies it
     drafter = build_drafter(made, config, weights, str(folder / WEIGHTS))
-    weights = {name: cast_weight(array, dtype) for name, array in weights.items()}
+    weights = {name: cast_floating(array, dtype) for name, array in weights.items()}
     if "d2t" in weights:
         weights["d2t"] = weights["d2t"].astype(mx.int32)
     drafter.load_weights(list(weights.items()))
@@ -130,13 +131,6 @@ def _check_vocabulary(d2t: mx.array, vocab_size: int, where: str) -> None:
             )
     if len(set(ids)) < len(ids):
         raise ValueError(f"{where}: d2t names the token {Counter(ids).most_common(1)[0][0]} twice")
-
-
-def cast_weight(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    """A weight in another dtype, where it is a floating one; d2t as int32."""
-    if mx.issubdtype(array.dtype, mx.floating):
-        return array if dtype is None else array.astype(dtype)
-    return array.astype(mx.int32) if mx.issubdtype(array.dtype, mx.signedinteger) else array
 
 
 def save_drafter(drafter: Drafter, path: str | Path, extra: Sequence[tuple[str, str]] = ()) -> None:

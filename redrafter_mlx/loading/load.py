@@ -24,7 +24,7 @@ from redrafter_mlx.drafters.interface import Drafter
 from redrafter_mlx.drafters.kinds import load_drafter
 from redrafter_mlx.drafters.precision import choose_precision
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
-from redrafter_mlx.files import DTYPES, check_real, check_safetensors, read_json
+from redrafter_mlx.files import DTYPES, cast_floating, check_real, check_safetensors, read_json
 from redrafter_mlx.generation import Model
 from redrafter_mlx.target import Target
 
@@ -98,8 +98,7 @@ def _load_any(
         return *load_gguf(default_model.default_model_path()), target
     if target.endswith(".gguf"):
         return *load_gguf(target), Path(target).stem
-    otherwise = f"give {default_model.NAME}, a .gguf file, a folder, or owner/name on Hugging Face"
-    folder = locate(target, "target", revision=revision, otherwise=otherwise)
+    folder = _folder(target, "target", f"{default_model.NAME}, a .gguf file, a folder", revision)
     config = normalize_config(read_json(folder / "config.json"), str(folder / "config.json"))
     _check_weights(folder, config)
     _check_memory(folder, config)
@@ -120,13 +119,25 @@ def _load_any(
     return model, tokenizer, config, Path(target).name
 
 
+def _folder(source: str, what: str, accepts: str, revision: str | None) -> Path:
+    """A local folder or the downloaded one of a Hugging Face id.
+
+    Raises:
+        FileNotFoundError: there is none; a file does not count.
+    """
+    path = locate(source, what, accepts, revision=revision)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no {what} at {source!r}: give {accepts}, or owner/name on Hugging Face")
+    return path
+
+
 def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     """Check the weight files before any of them is mapped.
 
     Raises:
         FileNotFoundError, ValueError: there are none, or one that is damaged or in a format that is not read.
     """
-    files = sorted(Path(folder).glob("model*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
         torch = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
         if torch:
@@ -210,18 +221,14 @@ def _prepare(model: nn.Module, dtype: str | None) -> None:
         wanted = next(m["scales"].dtype for m in model.modules() if "scales" in m)
         wanted = wanted if mx.issubdtype(wanted, mx.floating) else None  # mxfp4's scales are integers
     if wanted is not None:
-        model.update(
-            tree_map(
-                lambda a: a.astype(wanted) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()
-            )
-        )
+        model.update(tree_map(lambda array: cast_floating(array, wanted), model.parameters()))
     model.eval()
     mx.eval(model.parameters())
 
 
 def _drafter_folder(target: str, drafter: str | Path | None) -> Path | None:
     if drafter is not None:
-        return None if str(drafter) == "none" else locate(str(drafter), "drafter")
+        return None if str(drafter) == "none" else _folder(str(drafter), "drafter", "a folder", None)
     candidates = [Path(target).expanduser() / "drafter"]
     if Path(target).name == target:  # a name; joining an absolute path would give that path itself
         candidates.insert(0, SHIPPED_DRAFTERS / target)
