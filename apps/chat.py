@@ -42,7 +42,9 @@ def chat(  # noqa: PLR0913  (typer: one argument per option)
     kv_bits: opt.KVBitsOption = None,
 ) -> None:
     """Talk with a model. /help lists what else can be typed."""
-    settings = opt.settings(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
+    settings = opt.generation_options(
+        draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits
+    )
     from .conversation import Conversation
 
     loaded = opt.load_model(model, drafter)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 
-from redrafter_mlx.generation import Chunk, Model, PromptCache, encode, make_policy, stream_generate
-from redrafter_mlx.prompts import user
+from redrafter_mlx.generation import Chunk, Model, Options, PromptCache, encode, make_policy, start
+from redrafter_mlx.prompts import render, user
 from redrafter_mlx.stats import Stats
-
-from .options import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class Conversation:
     """
 
     model: Model
-    settings: Settings
+    settings: Options
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     cache: PromptCache = field(default_factory=PromptCache)
@@ -64,7 +62,7 @@ class Conversation:
         try:
             prompt, room = self._fit()
             settings = replace(self.settings, max_tokens=room)
-            stream = stream_generate(self.model, prompt, cache=self.cache, **settings.to_kwargs())
+            stream = start(self.model, prompt, settings, self.cache)
         except ValueError:
             self.messages[:] = before
             raise
@@ -131,10 +129,7 @@ class Conversation:
 
     def _render(self) -> str:
         assert self.model.tokenizer is not None
-        text = self.model.tokenizer.apply_chat_template(
-            self._with_system(), add_generation_prompt=True, tokenize=False
-        )
-        return str(text)
+        return render(self.model.tokenizer, self._with_system())
 
     def _with_system(self) -> list[dict[str, str]]:
         if self.system is None:

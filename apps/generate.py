@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from . import options as opt
 from .console import GaveUpNote, note_missing_drafter
 
 if TYPE_CHECKING:
-    from redrafter_mlx.generation import Chunk, Model
+    from redrafter_mlx.generation import Chunk, Model, Options
     from redrafter_mlx.stats import Stats
 
 
@@ -50,9 +51,9 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     """Answer a prompt, standard input, or every prompt of a file."""
     requests = _requests(prompt, prompts)
     _check(requests, raw, system)
-    settings = opt.settings(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
+    options = opt.generation_options(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
     loaded = opt.load_model(model, drafter)
-    streams = _streams(loaded, requests, settings, raw, system)
+    streams = _streams(loaded, requests, replace(options, raw=raw), system)
     note_missing_drafter(loaded, draft, drafter)
     write, gave_up, all_stats = _write_json if as_json else _write_text, GaveUpNote(loaded), []
     for index, pair in enumerate(streams):
@@ -85,16 +86,16 @@ def _check(requests: Sequence[Request], raw: bool, system: str | None) -> None:
 
 
 def _streams(
-    model: Model, requests: Sequence[Request], settings: opt.Settings, raw: bool, system: str | None
+    model: Model, requests: Sequence[Request], options: Options, system: str | None
 ) -> list[tuple[Request, Iterator[Chunk]]]:
     """A stream per request. All are checked before the first one runs."""
-    from redrafter_mlx import stream_generate
+    from redrafter_mlx.generation import start
 
     streams = []
     for index, request in enumerate(requests):
         asked = request.prompt if system is None else request.messages(system)
         try:
-            stream = stream_generate(model, asked, raw=raw, **settings.to_kwargs())
+            stream = start(model, asked, options)
         except ValueError as error:
             if len(requests) == 1:
                 raise

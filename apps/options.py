@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from redrafter_mlx import Model, Sampling
+    from redrafter_mlx import Model
+    from redrafter_mlx.generation import Options
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _SAMPLING = "Sampling"
@@ -75,21 +75,7 @@ KVBitsOption = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The shared options, named as the arguments of `redrafter_mlx.stream_generate`."""
-
-    sampling: Sampling
-    draft: str = "auto"
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    kv_bits: int | None = None
-
-    def to_kwargs(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-def settings(  # noqa: PLR0913  (the options of every command that writes text)
+def generation_options(  # noqa: PLR0913  (the options of every command that writes text)
     draft: str,
     max_tokens: int,
     stop: list[str] | None,
@@ -99,7 +85,7 @@ def settings(  # noqa: PLR0913  (the options of every command that writes text)
     min_p: float,
     seed: int | None,
     kv_bits: int | None,
-) -> Settings:
+) -> Options:
     """The shared options as one value, checked before a model is loaded.
 
     Raises:
@@ -108,9 +94,10 @@ def settings(  # noqa: PLR0913  (the options of every command that writes text)
     check_draft(draft)
     check_max_tokens(max_tokens)
     from redrafter_mlx import Sampling
+    from redrafter_mlx.generation import Options
 
     sampling = Sampling(temperature, top_p, top_k, min_p, seed)
-    return Settings(sampling, draft, max_tokens, tuple(stop or ()), kv_bits)
+    return Options(max_tokens, sampling, draft, tuple(stop or ()), kv_bits=kv_bits)
 
 
 def check_draft(draft: str) -> str:

@@ -13,10 +13,9 @@ import pytest
 from apps import chat as chat_module
 from apps.cli import main
 from apps.conversation import Conversation
-from apps.options import Settings
 from redrafter_mlx import Sampling, load
 from redrafter_mlx.auto import CostTable
-from redrafter_mlx.generation import Model
+from redrafter_mlx.generation import Model, Options
 from tests import toy
 
 
@@ -31,7 +30,7 @@ def model(folder: Path) -> Model:
 
 
 def _conversation(model: Model, draft: str = "2x3", max_tokens: int = 12) -> Conversation:
-    return Conversation(model, Settings(Sampling(temperature=1.0, seed=4), draft, max_tokens))
+    return Conversation(model, Options(max_tokens, Sampling(temperature=1.0, seed=4), draft))
 
 
 def _say(conversation: Conversation, text: str) -> str:

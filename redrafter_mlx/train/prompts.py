@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from redrafter_mlx.prompts import encode_text, render, user
 from redrafter_mlx.target import Target
 
 from .generate import Row, generate_batch
@@ -199,10 +200,7 @@ class ChatFormat:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("the target has no chat template, so it cannot ask itself: give --prompts")
         mark = "\u2603mark\u2603"
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
-        )
-        before, _, after = text.partition(mark)
+        before, _, after = render(tokenizer, [user(mark)]).partition(mark)
         encode = [tuple(tokenizer.encode(part, add_special_tokens=False)) for part in (before, after)]
         return cls(encode[0], encode[1], frozenset(tokenizer.eos_token_ids))
 
@@ -233,5 +231,5 @@ def self_prompts(target: Target, tokenizer: Any, count: int, rng: np.random.Gene
 def tokenize(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a prompt up to where the assistant answers; of its plain text if there is no chat template."""
     if getattr(tokenizer, "chat_template", None):
-        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
+        return encode_text(tokenizer, render(tokenizer, list(messages)), special=False)
     return list(tokenizer.encode("\n".join(m["content"] for m in messages)))
