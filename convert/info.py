@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig
@@ -73,22 +73,33 @@ def _sizes(config: DrafterConfig) -> dict[str, str]:
     }
 
 
+def _lines(
+    described: dict[str, str],
+    tensors: Iterable[Tensor],
+    notes: Sequence[str] = (),
+    unknown: Sequence[str] = (),
+) -> dict[str, str]:
+    """What is known of a drafter, how many values it has, and what the user should know about it."""
+    lines = {**described, "values": _count(tensors)}
+    lines |= {f"note {number}": note for number, note in enumerate(notes, 1)}
+    return lines | ({"unknown keys": ", ".join(unknown)} if unknown else {})
+
+
 def _drafter(found: DrafterSource) -> dict[str, str]:
-    lines = {
+    described = {
         "kind": "recurrent drafter",
         "names": found.named.dialect,
         "files": found.container,
         **_sizes(found.config),
-        "values": _count(found.tensors.values()),
     }
-    return lines | {f"note {number}": note for number, note in enumerate(found.notes, 1)}
+    return _lines(described, found.tensors.values(), notes=found.notes)
 
 
 def _ours(folder: Path) -> dict[str, str]:
     where = folder / "config.json"
     config, unknown = DrafterConfig.from_dict(read_json(where), str(where))
     weights = read_weights(folder)
-    lines = {
+    described = {
         "kind": "recurrent drafter of redrafter-mlx; loads as it is",
         "files": weights.container,
         **_sizes(config),
@@ -97,9 +108,8 @@ def _ours(folder: Path) -> dict[str, str]:
         "drafted vocabulary": str(config.draft_vocab),
         "quantization": json.dumps(config.quantization),
         "made for": str(config.target.get("name", "not recorded")),
-        "values": _count(weights.tensors.values()),
     }
-    return lines | ({"unknown keys": ", ".join(unknown)} if unknown else {})
+    return _lines(described, weights.tensors.values(), unknown=unknown)
 
 
 def _speculator_sizes(config: SpeculatorConfig) -> dict[str, str]:
@@ -116,27 +126,21 @@ def _speculator_sizes(config: SpeculatorConfig) -> dict[str, str]:
 
 
 def _speculator(found: SpeculatorSource) -> dict[str, str]:
-    lines = {
-        "kind": found.kind,
-        "files": found.container,
-        **_speculator_sizes(found.config),
-        "values": _count(found.tensors.values()),
-    }
-    return lines | {f"note {number}": note for number, note in enumerate(found.notes, 1)}
+    described = {"kind": found.kind, "files": found.container, **_speculator_sizes(found.config)}
+    return _lines(described, found.tensors.values(), notes=found.notes)
 
 
 def _our_speculator(folder: Path) -> dict[str, str]:
     where = folder / "config.json"
     config, unknown = SpeculatorConfig.from_dict(read_json(where), str(where))
     weights = read_weights(folder)
-    lines = {
+    described = {
         "kind": "speculator of redrafter-mlx; loads as it is",
         "files": weights.container,
         **_speculator_sizes(config),
         "quantization": json.dumps(config.quantization),
-        "values": _count(weights.tensors.values()),
     }
-    return lines | ({"unknown keys": ", ".join(unknown)} if unknown else {})
+    return _lines(described, weights.tensors.values(), unknown=unknown)
 
 
 def _gguf(path: Path) -> dict[str, str]:

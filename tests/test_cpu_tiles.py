@@ -19,7 +19,7 @@ import numpy as np
 from redrafter_mlx import Sampling, generate
 from redrafter_mlx.cpu.tiles import MAX_ROWS, TiledWeight, tile_layers
 from redrafter_mlx.device import PRETEND_GPU
-from redrafter_mlx.drafters import recurrent
+from redrafter_mlx.drafters import beam, recurrent
 from redrafter_mlx.kernels import SWITCH
 
 
@@ -153,7 +153,7 @@ def test_drafted_text_is_the_plain_one(streams: int, temperature: float) -> None
 def test_only_a_large_drafter_takes_every_core(
     streams: int, monkeypatch: pytest.MonkeyPatch, is_large: bool
 ) -> None:
-    monkeypatch.setattr(recurrent, "LARGE", 0 if is_large else 1 << 40)
+    monkeypatch.setattr(beam, "LARGE", 0 if is_large else 1 << 40)
     drafter = make("llama", head="factored", exit_dim=96).drafter
     assert isinstance(drafter, recurrent.RecurrentDrafter)
     drafter.eval()

@@ -20,6 +20,9 @@ from redrafter_mlx.tree import NEVER, Beam, Candidates
 from .interface import Seen
 from .top_k import top_k
 
+LARGE = 64 << 20
+"""Bytes per level from which on a search takes every core: it then outlasts what the host does meanwhile."""
+
 SAMPLING_TAU = 1.15  # softens the noisy scores; how it was found: docs/algorithm.md, "Sampling"
 
 S = TypeVar("S")
@@ -165,6 +168,18 @@ class BeamDrafter(Generic[S]):
     @property
     def max_width(self) -> int:
         return self.recurrence().vocab
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes one level of a search reads."""
+        raise NotImplementedError
+
+    @property
+    def num_cores(self) -> int | None:
+        """Cores for a search on a CPU, None for all. A small drafter stays on one: the host needs the other, to build
+        the next verification while the search runs.
+        """
+        return None if self.nbytes >= LARGE else 1
 
     def start(self, tokens: Sequence[int]) -> BeamDrafter[S]:
         return self

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, cast
 
+from .interface import TargetView
+
 C = TypeVar("C")
 
 BOILERPLATE = frozenset({
@@ -126,6 +128,22 @@ def check_quantization(values: dict[str, Any] | None) -> dict[str, Any] | None:
                 f"quantization {name} of mode {mode} must be {_listed(allowed)}, not {shown(value)}"
             )
     return values
+
+
+def check_fit(config: Any, target: TargetView) -> None:
+    """Check that a drafter's sizes are those of the target.
+
+    Raises:
+        ValueError: it was made for another target.
+    """
+    for name in ("hidden_size", "vocab_size"):
+        mine, theirs = getattr(config, name), getattr(target, name)
+        if mine != theirs:
+            made_for = config.target.get("name", "another model")
+            raise ValueError(
+                f"this drafter does not fit the target: {name} is {mine} (made for {made_for}), "
+                f"the target has {theirs}"
+            )
 
 
 def check_positive(config: object, names: Sequence[str]) -> None:

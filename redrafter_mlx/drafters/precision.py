@@ -14,7 +14,6 @@ import time
 import mlx.core as mx
 
 from redrafter_mlx.device import on_gpu
-from redrafter_mlx.files import named_weights
 from redrafter_mlx.tree import Beam
 
 from .beam import search
@@ -53,8 +52,7 @@ def choose_precision(drafter: RecurrentDrafter, target: TargetView) -> None:
 
 def _rounded(drafter: RecurrentDrafter, target: TargetView, bits: int) -> RecurrentDrafter:
     quantization = {"bits": bits, "group_size": GROUP_SIZE}
-    copy = RecurrentDrafter(drafter.config)
-    copy.load_weights(list(named_weights(drafter).items()))
+    copy = drafter.unattached()
     quantize(copy, quantization)
     copy.config = changed(drafter.config, quantization=quantization)
     copy.eval()

@@ -27,13 +27,10 @@ from redrafter_mlx.files import named_weights, weight_bytes
 from redrafter_mlx.kernels import DenseWeight, Weight, constant_weight, optimize_layout, silu
 
 from .beam import BeamDrafter, beams
-from .config import check_positive, check_quantization, read_config
+from .config import check_fit, check_positive, check_quantization, read_config
 from .interface import Embed, TargetView
 
 MODEL_TYPE = "recurrent_drafting_drafter"
-
-LARGE = 64 << 20
-"""Bytes per level from which on a search takes every core: it then outlasts what the host does meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +179,7 @@ class RecurrentDrafter(nn.Module, BeamDrafter[tuple[mx.array, mx.array]]):
             ValueError: it was made for another target.
         """
         config = self.config
-        for name, mine, theirs in (
-            ("hidden_size", config.hidden_size, target.hidden_size),
-            ("vocab_size", config.vocab_size, target.vocab_size),
-        ):
-            if mine != theirs:
-                made_for = config.target.get("name", "another model")
-                raise ValueError(
-                    f"this drafter does not fit the target: {name} is {mine} (made for {made_for}), "
-                    f"the target has {theirs}"
-                )
+        check_fit(config, target)
         scale = config.embedding_scale
         if config.target and abs(scale - target.embedding_scale) > 1e-3 * abs(scale):
             raise ValueError(
@@ -208,10 +196,9 @@ class RecurrentDrafter(nn.Module, BeamDrafter[tuple[mx.array, mx.array]]):
 
     def _optimize_layout(self) -> None:
         """Prepare final weights for search: split `input_proj` into its context and state parts, which a search would
-        otherwise do at every level, and tile what multiplies few rows. A small drafter stays on one core: the host
-        needs the other, to build the next verification while the search runs.
+        otherwise do at every level, and tile what multiplies few rows.
         """
-        num_cores = None if self.nbytes >= LARGE else 1
+        num_cores = self.num_cores
         optimize_layout(self, num_cores)
         if isinstance(self._rows, DenseWeight):
             self._rows = constant_weight(self._rows.weight, num_cores)
@@ -221,13 +208,18 @@ class RecurrentDrafter(nn.Module, BeamDrafter[tuple[mx.array, mx.array]]):
 
     def frozen(self) -> RecurrentDrafter:
         """A drafter of the same weights (shared, as they are now) that is ready for search while this one trains."""
+        copy = self.unattached()
+        copy.eval()
+        if self._target is not None:
+            copy.attach(self._target)
+        return copy
+
+    def unattached(self) -> RecurrentDrafter:
+        """A drafter of the same weights (shared, as they are now) without a target."""
         copy = RecurrentDrafter(self.config)
         if self.config.quantization:
             quantize(copy, self.config.quantization)
         copy.load_weights(list(named_weights(self).items()))
-        copy.eval()
-        if self._target is not None:
-            copy.attach(self._target)
         return copy
 
     def search_with(self, rounded: RecurrentDrafter | None) -> None:

@@ -33,9 +33,8 @@ from redrafter_mlx.kernels import optimize_layout
 from redrafter_mlx.tree import MAX_NODES
 
 from .beam import BeamDrafter
-from .config import check_positive, check_quantization, read_config, shown
+from .config import check_fit, check_positive, check_quantization, read_config, shown
 from .interface import TargetView
-from .recurrent import LARGE
 
 MODEL_TYPE = "mlp_speculator"
 METHODS = ("sum_rnn", "sum_lstm")
@@ -181,18 +180,11 @@ class Speculator(nn.Module, BeamDrafter[State]):
         Raises:
             ValueError: it was made for another target.
         """
-        for name, theirs in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
-            mine = getattr(self.config, name)
-            if mine != theirs:
-                made_for = self.config.target.get("name", "another model")
-                raise ValueError(
-                    f"this drafter does not fit the target: {name} is {mine} (made for {made_for}), "
-                    f"the target has {theirs}"
-                )
+        check_fit(self.config, target)
         target.watch(())
         if not self.training:
             layers = nn.Sequential(*self.proj, *self.head)  # not the embeddings: those are only looked up
-            optimize_layout(layers, None if self.nbytes >= LARGE else 1)
+            optimize_layout(layers, self.num_cores)
 
     def recurrence(self) -> Speculator:
         return self
