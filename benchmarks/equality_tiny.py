@@ -28,7 +28,7 @@ from redrafter_mlx.measure.machine import machine
 from redrafter_mlx.policy import Fixed, Off
 from redrafter_mlx.target import Target
 from redrafter_mlx.tree import Beam, Candidates
-from tests.toy import FAMILIES, VOCAB, make_drafter, make_target
+from tests.toy import FAMILIES, VOCAB, make_drafter, make_often_right, make_target
 
 SETTINGS = {
     "T = 0": rd.Sampling(),
@@ -81,14 +81,6 @@ def said(
     return tokens, text.stats.accepted_tokens
 
 
-def often_right(target: Target) -> RecurrentDrafter:
-    """Shares the target's head on its hidden state."""
-    drafter = make_drafter(target, head="factored", num_draft_layers=0)
-    size = target.hidden_size
-    drafter.lm_head[-1].weight = mx.concatenate([0.3 * mx.eye(size), mx.zeros((size, size))], axis=1)
-    return drafter
-
-
 def adversary(target: Target, truth: list[int], seed: int) -> Adversary:
     made = make_drafter(target)
     liar = Adversary(made.config)
@@ -118,7 +110,7 @@ def main() -> None:
                 plain, _ = said(target, None, "off", sampling, prompt)
                 drafters = {
                     "random": make_drafter(target, seed=rounds),
-                    "often right": often_right(target),
+                    "often right": make_often_right(target),
                     "adversary": adversary(target, [*prompt, *plain], rounds),
                 }
                 for number, (kind, drafter) in enumerate(drafters.items()):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.toy import FAMILIES, VOCAB, make, make_drafter, make_target
+from tests.toy import FAMILIES, VOCAB, make, make_drafter, make_often_right, make_target, make_wide_head
 
 # isort: split
 import mlx.core as mx
@@ -49,13 +49,8 @@ def test_speculative_is_plain(family: str, setting: str) -> None:
 
 
 def right_now_and_then(family: str) -> Model:
-    """With a drafter that shares the target's head on its hidden state: often right, so paths branch."""
     target = make_target(family)
-    drafter = make_drafter(target, head="factored", num_draft_layers=0)
-    weight = np.zeros((target.hidden_size, 2 * target.hidden_size), dtype=np.float32)
-    weight[:, : target.hidden_size] = np.eye(target.hidden_size)
-    drafter.lm_head[-1].weight = mx.array(weight) * 0.3
-    return Model(target, drafter)
+    return Model(target, make_often_right(target))
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_window", "gemma3"])
@@ -79,23 +74,6 @@ def test_quantized_cache(bits: int) -> None:
         plain = run(model, "off", sampling, kv_bits=bits)
         for draft in DRAFTS:
             assert run(model, draft, sampling, kv_bits=bits) == plain
-
-
-def make_wide_head() -> object:
-    """A llama whose heads are as wide as a quantization group."""
-    from mlx_lm.models.llama import Model as Llama
-    from mlx_lm.models.llama import ModelArgs
-
-    from redrafter_mlx.target import Target
-
-    mx.random.seed(3)
-    args = ModelArgs(
-        model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=64, num_attention_heads=1,
-        rms_norm_eps=1e-5, vocab_size=VOCAB, head_dim=64,
-    )  # fmt: skip
-    model = Llama(args)
-    model.model.embed_tokens.weight = mx.random.normal((VOCAB, 64)) * 0.5
-    return Target(model, "wide", 512)
 
 
 def test_context_layers_reach_the_drafter() -> None:

@@ -121,6 +121,14 @@ def make_drafter(target: Target, seed: int = 1, **changes: Any) -> RecurrentDraf
     return drafter
 
 
+def make_often_right(target: Target) -> RecurrentDrafter:
+    """A drafter that shares the target's head on its hidden state: right now and then, so paths branch."""
+    drafter = make_drafter(target, head="factored", num_draft_layers=0)
+    size = target.hidden_size
+    drafter.lm_head[-1].weight = mx.concatenate([0.3 * mx.eye(size), mx.zeros((size, size))], axis=1)
+    return drafter
+
+
 def make(family: str = "llama", seed: int = 0, head_dim: int | None = None, **changes: Any) -> Model:
     """A model with a drafter; `changes` are those of `make_drafter`."""
     target = make_target(family, seed, **({} if head_dim is None else {"head_dim": head_dim}))
