@@ -185,3 +185,8 @@ def test_all_bits_of_a_seed_count() -> None:
     seeds = [0, 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1]
     rows = [tuple(gumbel(seed, position, 8).reshape(-1).tolist()) for seed in seeds]
     assert len(set(rows)) == len(seeds)
+
+
+def test_a_sampler_knows_its_vocabulary() -> None:
+    with pytest.raises(ValueError, match="logit_bias must name tokens in 0..3, not 4"):
+        Sampler(Sampling(logit_bias={4: 1.0}), 4, [])
