@@ -27,6 +27,8 @@ class Acceptance:
     """() int32: the node the path ends at"""
     next_token: mx.array
     """() int32: the target's own token after the path, root of the next step"""
+    choice: mx.array
+    """(N,) int32: the target's own token after every node"""
     summary: mx.array
     """(2 + 2L,) int32: num_accepted, next_token, path, its tokens; entries past the path mean nothing"""
 
@@ -38,6 +40,21 @@ class Acceptance:
         tokens = values[2 + height : 2 + height + count]
         return path, [*tokens[1:], values[1]]
 
+    def phrase(self, tree: TokenTree, path: list[int]) -> list[int]:
+        """What the target chose at the path's end and after every rejected node on the way on from there, the first
+        child always; empty where nothing was rejected there. Read after the summary it costs no wait.
+        """
+        last = path[-1]
+        if last == tree.num_nodes - 1:
+            return []
+        parents, choice = cast(list[int], tree.parents.tolist()), cast(list[int], self.choice.tolist())
+        found = [choice[last]]
+        for node in range(last + 1, len(parents)):
+            if parents[node] == last:
+                found.append(choice[node])
+                last = node
+        return found
+
 
 def accept(tree: TokenTree, choice: mx.array) -> Acceptance:
     """Walk from the root while the target's choice is a child.
@@ -46,7 +63,10 @@ def accept(tree: TokenTree, choice: mx.array) -> Acceptance:
         tree: N nodes.
         choice: (N,) int32, the target's own token after every node.
     """
-    return Acceptance(*_walk(tree.tokens, tree.parents, tree.depth, choice, tree.height))
+    num_accepted, last, next_token, summary = _walk(
+        tree.tokens, tree.parents, tree.depth, choice, tree.height
+    )
+    return Acceptance(num_accepted, last, next_token, choice, summary)
 
 
 @fused

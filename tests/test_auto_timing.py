@@ -55,7 +55,7 @@ def quiet(slope: float) -> dict[timing.Key, float]:
     rows = {n: 0.01 * (1 + slope * (n - 1)) for n in timing.CPU_ROWS}
     drafts = {(w, length): 0.001 * (1 + 0.1 * w) * (length - 1) for w in WIDTHS for length in (2, LONG)}
     level = {w: (drafts[w, LONG] - drafts[w, 2]) / (LONG - 2) for w in WIDTHS}
-    out: dict[timing.Key, float] = {("plain", 0, 0): rows[1]}
+    out: dict[timing.Key, float] = {("plain", 0, 0): rows[1], ("waiting", 4, 0): rows[4] + 0.0003}
     for beam in BEAMS:
         draft = drafts[beam.width, 2] + level[beam.width] * (beam.length - 2)
         out["drafted", beam.width, 0] = rows[beam.nodes or 0] + draft + 0.0005

@@ -18,6 +18,7 @@ import numpy as np
 from redrafter_mlx.decode import Text, prefill, step
 from redrafter_mlx.device import on_gpu
 from redrafter_mlx.drafters.interface import Drafter, Seen
+from redrafter_mlx.drafters.lookup import Lookup, Offer, TextLookup
 from redrafter_mlx.files import read_json
 from redrafter_mlx.policy import Fixed, Off, Policy
 from redrafter_mlx.sampling import Sampling
@@ -43,13 +44,14 @@ ESSENTIAL_ROWS = 4  # always measured: drafts are compared with them
 RARELY_PAYS, NEVER_PAYS = 2.5, 5.0  # plain steps: row counts above are timed seldom; above, not at all
 SELDOM = 3  # samples of a row count that rarely pays: what is slow three times is not slow by chance
 ROUNDS, LEAST_ROUNDS = 8, 4  # of all measurements; of them even past the budget
+WAITING = Beam(1, 4, 4)  # what is looked up in the steps that show what waiting for the text costs
 STEPS = 2  # decode steps in one measurement
 FASTEST = 3  # of so many samples one, the fastest, counts
 
 
 def cost_table(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     fresh: bool = False,
     on_measure: Callable[[], None] | None = None,
 ) -> CostTable:
@@ -76,7 +78,7 @@ def cost_table(
     return table
 
 
-def measure(target: Target, drafter: Drafter, budget: float | None = None) -> CostTable:
+def measure(target: Target, drafter: Drafter | None, budget: float | None = None) -> CostTable:
     """Measure within about `budget` seconds (6 by default).
 
     Isolated timings miss host overhead and overlap, so whole decode steps are timed too: plain ones give C(1), and
@@ -92,6 +94,7 @@ def measure(target: Target, drafter: Drafter, budget: float | None = None) -> Co
         return lambda: _seconds(lambda: mx.argmax(target.verify(chain(tokens[:rows]), cache).logits, axis=-1))
 
     def draft(width: int, length: int) -> Job:
+        assert drafter is not None
         text = drafter.start([])
         seen, beam = Seen(context, mx.array(0, dtype=mx.int32), None), Beam(width, length, 2)
 
@@ -103,20 +106,34 @@ def measure(target: Target, drafter: Drafter, budget: float | None = None) -> Co
 
         return run
 
-    def steps(policy: Policy) -> Job:
+    def steps(policy: Policy, drafter: Drafter | None = drafter, lookup: Lookup | None = None) -> Job:
         prompt: list[int] = tokens.tolist()  # type: ignore[assignment]
-        text = Text(target, drafter, target.new_cache(), policy, Sampling(), prompt)
+        text = Text(target, drafter, target.new_cache(), policy, Sampling(), prompt, lookup=lookup)
         prefill(target, text, prompt)
         return partial(_step_seconds, target, text)
 
-    widths = [w for w in WIDTHS if w <= drafter.max_width]
-    long = min(5, drafter.max_length or 5)
+    widths = [] if drafter is None else [w for w in WIDTHS if w <= drafter.max_width]
+    long = 5 if drafter is None else min(5, drafter.max_length or 5)
     beams = [Beam(w, min(3, long), min(4, 1 + w * (min(3, long) - 1))) for w in widths]
     jobs: dict[Key, Job] = {("plain", 0, 0): steps(Off())}
+    jobs["waiting", WAITING.nodes or 0, 0] = steps(Fixed(WAITING), None, _Repeating())
     jobs |= {("drafted", beam.width, 0): steps(Fixed(beam)) for beam in beams}
     jobs |= {("draft", w, length): draft(w, length) for w in widths for length in sorted({2, long})}
     jobs |= {("rows", rows, 0): forward(rows) for rows in (ROWS if on_gpu() else CPU_ROWS)}
     return _table(_interleaved(jobs, BUDGET_SECONDS if budget is None else budget), beams, long)
+
+
+class _Repeating(Lookup):
+    """Finds the same in every step."""
+
+    def start(self, tokens: Sequence[int], greedy: bool = True) -> TextLookup:
+        return _RepeatingText(tokens, self.rates[greedy], self.phrase_rates[greedy])
+
+
+class _RepeatingText(TextLookup):
+    def offer(self, beam: Beam) -> Offer:
+        super().offer(beam)  # takes its time too
+        return Offer([0, 0, 0], [-1, 0, 1], [1.0, 1.0, 1.0], 3)
 
 
 def _table(times: dict[Key, float], beams: Sequence[Beam], long: int) -> CostTable:
@@ -129,11 +146,15 @@ def _table(times: dict[Key, float], beams: Sequence[Beam], long: int) -> CostTab
     levels = max(1, long - 2)
     level = isotonic({w: max(0.0, times["draft", w, long] - times["draft", w, 2]) / levels for w in widths})
     alone = isotonic({w: times["draft", w, 2] for w in widths})
+    waiting = times["waiting", WAITING.nodes or 0, 0] - verify[WAITING.nodes or 0]
+    if not widths:
+        return CostTable(verify, {}, {}, max(0.0, waiting))
     beyond = [
         times["drafted", b.width, 0] - verify[b.nodes or 0] - alone[b.width] - level[b.width] * (b.length - 2)
         for b in beams
     ]
-    return CostTable(verify, {w: alone[w] + float(np.median(beyond)) for w in widths}, level)
+    first = {w: alone[w] + float(np.median(beyond)) for w in widths}
+    return CostTable(verify, first, level, max(0.0, waiting))
 
 
 def isotonic(seconds: dict[int, float]) -> dict[int, float]:

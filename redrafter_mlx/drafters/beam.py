@@ -158,6 +158,7 @@ class BeamDrafter(Generic[S]):
     It keeps nothing of a text: a draft is a function of the last context and the root.
     """
 
+    source = "recurrent"
     needs_text = False
     max_length: int | None = None
 

@@ -65,6 +65,8 @@ class Drafter(Protocol):
 
     config: Any
     """a dataclass with `to_dict`, `model_type`, and `target`, the model it was made for"""
+    source: str
+    """what its tokens are called in statistics, as in `recurrent`"""
 
     @property
     def needs_text(self) -> bool:

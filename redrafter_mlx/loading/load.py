@@ -22,6 +22,7 @@ from mlx_lm.utils import dequantize_model, load_model
 from redrafter_mlx.device import memory_bytes, on_gpu
 from redrafter_mlx.drafters.interface import Drafter
 from redrafter_mlx.drafters.kinds import load_drafter
+from redrafter_mlx.drafters.lookup import Lookup
 from redrafter_mlx.drafters.precision import choose_precision
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.files import DTYPES, cast_floating, check_real, check_safetensors, read_json
@@ -48,6 +49,7 @@ def load(
     target: str | Path = default_model.NAME,
     drafter: str | Path | None = None,
     *,
+    lookup: bool = True,
     dtype: str | None = None,
     revision: str | None = None,
 ) -> Model:
@@ -55,8 +57,10 @@ def load(
 
     Args:
         target: default model's name, `.gguf` file, mlx-lm folder or Hugging Face id.
-        drafter: drafter folder or Hugging Face id; "none" for none. By default the one shipped for the default
-            model, and a `drafter` folder inside a local target's folder.
+        drafter: drafter folder or Hugging Face id; "lookup" for what is looked up in the text alone; "none" for no
+            drafts at all. By default the one shipped for the default model, or a `drafter` folder inside a local
+            target's folder.
+        lookup: also draft what has stood in the text before.
         dtype: "float32", "float16" or "bfloat16" for weights that are not quantized. Default: as stored on a GPU,
             float32 on the CPU.
         revision: of a Hugging Face id.
@@ -78,7 +82,10 @@ def load(
             tokenizer.add_eos_token(str(token))
     folder = _drafter_folder(str(target), drafter)
     loaded = None if folder is None else _attached(folder, wrapped)
-    return Model(wrapped, loaded, tokenizer, frozenset(ends))
+    looks_up = lookup and str(drafter) != "none"
+    if looks_up and loaded is None:
+        wrapped.check_tree()
+    return Model(wrapped, loaded, tokenizer, frozenset(ends), lookup=Lookup() if looks_up else None)
 
 
 def _attached(folder: Path, target: Target) -> Drafter:
@@ -228,7 +235,9 @@ def _prepare(model: nn.Module, dtype: str | None) -> None:
 
 def _drafter_folder(target: str, drafter: str | Path | None) -> Path | None:
     if drafter is not None:
-        return None if str(drafter) == "none" else _folder(str(drafter), "drafter", "a folder", None)
+        return (
+            None if str(drafter) in ("none", "lookup") else _folder(str(drafter), "drafter", "a folder", None)
+        )
     candidates = [Path(target).expanduser() / "drafter"]
     if Path(target).name == target:  # a name; joining an absolute path would give that path itself
         candidates.insert(0, SHIPPED_DRAFTERS / target)

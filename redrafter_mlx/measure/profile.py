@@ -36,9 +36,9 @@ class _TimedText(Text):
         self.seconds[stage] += now - built
         self._since = now
 
-    def queue_draft(self, position: mx.array, low: int, slack: int = 0) -> None:
+    def queue_draft(self, position: mx.array, low: int, slack: int = 0, unread: int = 0) -> None:
         self.end("accept", [*self.output, self.root, self.context])
-        super().queue_draft(position, low, slack)
+        super().queue_draft(position, low, slack, unread)
         self.end("draft", self.draft_output)
 
     def keep(self, path: list[int]) -> None:

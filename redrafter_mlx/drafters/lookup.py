@@ -1,0 +1,204 @@
+"""Drafts that need no weights: what followed the last tokens where they stood before, in the prompt or the answer.
+
+People's answers repeat their prompts and themselves. The longest earlier match of the text's end is continued as it
+was continued then (prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding; SuffixDecoding,
+arXiv 2411.04975). What such a guess is worth is measured, not assumed: at every token of a text it is noted whether the
+match at hand foretold it, by the length of the match. A guess that follows `d` others continues a match that is `d`
+tokens longer, so the probability of a path is a product of these shares, and long matches grow by themselves.
+
+Letters: W beam width, L beam length counting the root, P candidates.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from redrafter_mlx.tree import NEVER, Beam, Candidates
+
+from .suffixes import Match, SuffixIndex
+
+SIZES = (4, 8, 16, 32, 64)
+"""An offer is filled up to one of these, so that a GPU compiles for few shapes."""
+LEAST_PROB = 0.02
+"""Paths less probable than this are not followed further."""
+MOST_PHRASES = 4096
+"""Phrases kept of a text's rejected rows, the oldest going first."""
+
+# Shares of right guesses by match length 1, 2, ..., measured on the default model's answers to MT-bench (greedy, and
+# at T = 1); they begin every model's figures with the weight of a few observations.
+_PRIOR_GREEDY = (0.22, 0.5, 0.62, 0.7, 0.76, 0.8, 0.83, 0.86, 0.87, 0.88, 0.89, 0.9, 0.91, 0.92, 0.93, 0.94)
+_PRIOR_SAMPLING = (0.1, 0.25, 0.35, 0.42, 0.47, 0.5, 0.53, 0.56, 0.58, 0.6, 0.62, 0.64, 0.66, 0.68, 0.7, 0.72)
+_PRIOR_WEIGHT = 4.0
+_PRIOR_PHRASE = 0.2
+_MEMORY = 0.995
+"""What an observation is worth after the next one of the same kind."""
+
+
+@dataclass(slots=True)
+class HitRates:
+    """How often a guess was right, by the length of the match it continues; learned while decoding."""
+
+    prior: Sequence[float]
+    """share of right guesses by match length 1, 2, ... before anything was seen"""
+    right: list[float] = field(init=False)
+    """decayed count of right guesses, by match length"""
+    seen: list[float] = field(init=False)
+    """decayed count of guesses"""
+
+    def __post_init__(self) -> None:
+        self.right = [_PRIOR_WEIGHT * share for share in self.prior]
+        self.seen = [_PRIOR_WEIGHT] * len(self.prior)
+
+    def share(self, length: int) -> float:
+        """Probability that the continuation of a match of this length is right."""
+        index = min(length, len(self.seen)) - 1
+        return self.right[index] / self.seen[index]
+
+    def observe(self, length: int, is_right: bool) -> None:
+        """Count one guess."""
+        index = min(length, len(self.seen)) - 1
+        self.right[index] = self.right[index] * _MEMORY + is_right
+        self.seen[index] = self.seen[index] * _MEMORY + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What was looked up, known to the host: P nodes below the root, parents before children."""
+
+    tokens: list[int]
+    parents: list[int]
+    """index of a candidate; -1 for the root"""
+    probs: list[float]
+    """of the path from the root"""
+    height: int
+
+    def candidates(self) -> Candidates:
+        """The same on the device, filled up with candidates that are not offered."""
+        count = len(self.tokens)
+        fill = next(size for size in SIZES if size >= count) - count
+        last = count - 1
+        is_chain = all(parent == index - 1 for index, parent in enumerate(self.parents))
+        if is_chain:
+            fill = 0  # a chain is cut to the rows that are verified, whatever its length
+        probs = mx.log(mx.array(self.probs, dtype=mx.float32))
+        return Candidates(
+            mx.array(self.tokens + [0] * fill, dtype=mx.int32),
+            mx.array(self.parents + [last] * fill, dtype=mx.int32),
+            mx.concatenate([probs, mx.full((fill,), NEVER)]) if fill else probs,
+            self.height,
+            is_chain,
+        )
+
+
+class Lookup:
+    """The drafter, one a model: what it has measured is shared by all texts."""
+
+    source = "lookup"
+
+    def __init__(self) -> None:
+        self.rates = {True: HitRates(_PRIOR_GREEDY), False: HitRates(_PRIOR_SAMPLING)}
+        """greedy? -> by match length; acceptance differs between the two"""
+        self.phrase_rates = {greedy: HitRates((_PRIOR_PHRASE,)) for greedy in (True, False)}
+        """the same for phrases, of any length"""
+
+    def start(self, tokens: Sequence[int], greedy: bool = True) -> TextLookup:
+        """Begin a text: `tokens` are its prompt."""
+        return TextLookup(tokens, self.rates[greedy], self.phrase_rates[greedy])
+
+
+class TextLookup:
+    """What is looked up for one text."""
+
+    def __init__(self, tokens: Sequence[int], rates: HitRates, phrase_rates: HitRates) -> None:
+        self._index = SuffixIndex(tokens)
+        self._rates, self._phrase_rates = rates, phrase_rates
+        self._phrases: OrderedDict[int, list[int]] = OrderedDict()
+        self._phrase: list[int] = []  # the rest of the phrase that the text is in
+        self._match = self._best()
+
+    def _best(self) -> Match | None:
+        found = self._index.matches()
+        return found[0] if found else None
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Take note of tokens that were committed, and of what was guessed for each."""
+        for token in tokens:
+            if self._match is not None:
+                guess = self._index.continuation(self._match, 1)
+                self._rates.observe(self._match.length, guess == [token])
+            if self._phrase:
+                self._phrase_rates.observe(1, self._phrase[0] == token)
+            self._index.extend((token,))
+            self._phrase = self._phrases.get(token, [])
+            self._match = self._best()
+
+    def learn(self, phrase: Sequence[int]) -> None:
+        """Keep a phrase that the target wrote over rejected rows: its first token, and what followed.
+
+        The rows behind a rejected token were computed in a text that did not come about, but what the target chose
+        there often comes all the same (Ouroboros, arXiv 2402.13720).
+        """
+        if len(phrase) < 2:
+            return
+        self._phrases.pop(phrase[0], None)
+        self._phrases[phrase[0]] = list(phrase[1:])
+        if len(self._phrases) > MOST_PHRASES:
+            self._phrases.popitem(last=False)
+
+    def offer(self, beam: Beam) -> Offer | None:
+        """Up to W continuations of L - 1 tokens, equal beginnings shared; None where nothing was found."""
+        paths = _Paths()
+        for match in self._index.matches():
+            tokens = self._index.continuation(match, beam.length - 1)
+            paths.add(tokens, [self._rates.share(match.length + depth) for depth in range(len(tokens))])
+            if paths.count == beam.width:
+                break
+        if paths.count < beam.width:
+            tokens = self._phrase[: beam.length - 1]
+            paths.add(tokens, [self._phrase_rates.share(1)] * len(tokens))
+        return paths.offer()
+
+
+class _Paths:
+    """Continuations gathered into a tree."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """paths that differ somewhere"""
+        self._tokens: list[int] = []
+        self._parents: list[int] = []
+        self._probs: list[float] = []
+        self._depths: list[int] = []
+        self._child: dict[tuple[int, int], int] = {}
+        self._left = 1.0  # probability that none of the paths so far begins right
+
+    def add(self, tokens: Sequence[int], shares: Sequence[float]) -> None:
+        """Add a path, each token with the probability that it is right after the one before."""
+        at, prob, size = -1, 1.0, len(self._tokens)
+        for depth, (token, share) in enumerate(zip(tokens, shares, strict=True)):
+            known = self._child.get((at, token))
+            if known is not None:
+                at, prob = known, self._probs[known]
+                continue
+            prob *= min(share, self._left) if depth == 0 else share
+            if prob < LEAST_PROB or len(self._tokens) == SIZES[-1] - 1:
+                break
+            self._child[at, token] = len(self._tokens)
+            self._tokens.append(token)
+            self._parents.append(at)
+            self._probs.append(prob)
+            self._depths.append(depth + 1)
+            at = len(self._tokens) - 1
+        if len(self._tokens) > size:
+            self.count += 1
+            self._left = max(0.0, self._left - shares[0])
+
+    def offer(self) -> Offer | None:
+        """All that was gathered; None where that is nothing."""
+        if not self._tokens:
+            return None
+        return Offer(self._tokens, self._parents, self._probs, max(self._depths))
