@@ -15,6 +15,7 @@ import numpy as np
 from redrafter_mlx.drafters.lookup import LEAST_PROB, HitRates, Lookup, Offer, TextLookup
 from redrafter_mlx.generation import Model, generate
 from redrafter_mlx.sampling import Sampling
+from redrafter_mlx.target import Target
 from redrafter_mlx.tree import NEVER, Beam
 
 
@@ -144,11 +145,20 @@ def test_sources_add_up() -> None:
     assert stats.accepted_by_source.get("lookup", 0) > 0
 
 
-def test_without_a_drafter_a_repeating_text_takes_fewer_steps() -> None:
-    """A tiny random model soon repeats itself, and what is repeated is looked up."""
-    model = model_of(3, False, Lookup())
-    _, stats = generate(model, [3, 4, 5], max_tokens=200, draft="1x8")
-    assert stats.tokens_per_step > 1.5
+def test_a_text_that_repeats_itself_takes_fewer_steps() -> None:
+    """The target says the token's successor, so its text comes round after all tokens of the vocabulary."""
+    target = make_target("llama", 3)
+    inner = target.model.model
+    for layer in inner.layers:
+        layer.self_attn.o_proj.weight *= 0
+        layer.mlp.down_proj.weight *= 0
+    inner.embed_tokens.weight = mx.eye(target.vocab_size, target.hidden_size) + 0.0
+    vocab = target.hidden_size  # tokens that have a direction of their own
+    target.model.lm_head.weight = mx.roll(inner.embed_tokens.weight[:vocab], 1, axis=0)
+    model = Model(Target(target.model, "successor", None), lookup=Lookup())
+    _, stats = generate(model, [3, 4, 5], max_tokens=4 * vocab, draft="1x8")
+    assert stats.token_ids == [(6 + index) % vocab for index in range(4 * vocab)]
+    assert stats.tokens_per_step > 2
     assert set(stats.accepted_by_source) == {"lookup"}
 
 
