@@ -42,7 +42,7 @@ CORE := tests/test_decode.py tests/test_drafters_beam.py tests/test_drafters_pre
 
 # Compiled for packing and acceptance only: the C++ compiler takes half an hour for the sampling filters of every shape.
 test-gpu-choices: $(STAMP) ## the core's tests with what is chosen on a GPU
-	REDRAFTER_PRETEND_GPU=1 MLX_DISABLE_COMPILE=1 $(BIN)/python -m pytest -q $(CORE) tests/test_sampling.py \
+	REDRAFTER_PRETEND_GPU=1 MLX_DISABLE_COMPILE=1 $(BIN)/python -m pytest -q $(CORE) tests/test_sampling_*.py \
 		tests/test_tree.py tests/test_accept.py
 	REDRAFTER_PRETEND_GPU=1 $(BIN)/python -m pytest -q tests/test_tree.py tests/test_accept.py
 
