@@ -17,7 +17,7 @@ import numpy as np
 import redrafter_mlx as rd
 from redrafter_mlx.drafters.beam import beams
 from redrafter_mlx.drafters.kinds import load_drafter, load_recurrent, save_drafter
-from redrafter_mlx.drafters.recurrent import quantize
+from redrafter_mlx.drafters.quantization import quantize
 from redrafter_mlx.drafters.speculator import Speculator, SpeculatorConfig
 from redrafter_mlx.files import named_weights
 from redrafter_mlx.generation import Model, generate

@@ -94,42 +94,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-_FORMATS = {
-    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
-    "mxfp4": ((4,), (32,)),
-    "mxfp8": ((8,), (32,)),
-    "nvfp4": ((4,), (16,)),
-}
-"""Mode of `mx.quantize` -> the bits and the group sizes that it has."""
-
-
-def _listed(values: Sequence[object]) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def check_quantization(values: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The arguments of `nn.quantize` in a config's `quantization`.
-
-    Raises:
-        ValueError: a key that is missing or not known, or a value that MLX does not have.
-    """
-    if values is None:
-        return None
-    if set(values) - {"bits", "group_size", "mode"} or not {"bits", "group_size"} <= set(values):
-        raise ValueError(f"quantization must have bits and group_size (and mode), not {shown(values)}")
-    mode = values.get("mode", "affine")
-    if not isinstance(mode, str) or mode not in _FORMATS:
-        raise ValueError(f"quantization mode must be {_listed(list(_FORMATS))}, not {shown(mode)}")
-    for name, allowed in zip(("bits", "group_size"), _FORMATS[mode], strict=True):
-        value = values[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
-            raise ValueError(
-                f"quantization {name} of mode {mode} must be {_listed(allowed)}, not {shown(value)}"
-            )
-    return values
-
-
 def check_fit(config: Any, target: TargetView) -> None:
     """Check that a drafter's sizes are those of the target.
 

@@ -25,7 +25,8 @@ from redrafter_mlx.files import (
 
 from .config import shown
 from .interface import Drafter
-from .recurrent import MODEL_TYPE, RecurrentDrafter, quantize
+from .quantization import quantize
+from .recurrent import MODEL_TYPE, RecurrentDrafter
 
 WEIGHTS = "model.safetensors"
 

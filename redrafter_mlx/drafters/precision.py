@@ -18,7 +18,8 @@ from redrafter_mlx.tree import Beam
 
 from .beam import search
 from .interface import Seen, TargetView
-from .recurrent import RecurrentDrafter, changed, quantize
+from .quantization import quantize
+from .recurrent import RecurrentDrafter, changed
 
 _log = logging.getLogger("redrafter_mlx")
 

@@ -33,8 +33,9 @@ from redrafter_mlx.kernels import optimize_layout
 from redrafter_mlx.tree import MAX_NODES
 
 from .beam import BeamDrafter
-from .config import check_fit, check_positive, check_quantization, read_config, shown
+from .config import check_fit, check_positive, read_config, shown
 from .interface import TargetView
+from .quantization import check_quantization
 
 MODEL_TYPE = "mlp_speculator"
 METHODS = ("sum_rnn", "sum_lstm")
