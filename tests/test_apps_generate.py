@@ -12,6 +12,7 @@ import pytest
 
 import redrafter_mlx
 from apps.cli import main
+from apps.demo import PROMPTS
 from redrafter_mlx.auto import CostTable
 from tests import toy
 
@@ -164,7 +165,39 @@ def test_demo_fails_when_the_texts_differ(
 
     monkeypatch.setattr(redrafter_mlx, "generate", wrong)
     assert main(["demo", "--model", str(folder), "--draft", "2x3", "--max-tokens", "6"]) == 1
-    assert "identical: no" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "identical: no" in captured.out and "prompt 1, 2x3: token 5 is" in captured.out
+    assert "(no tie in float32)" in captured.out and captured.err.startswith("error: ")
+
+
+def test_demo_says_that_a_difference_is_a_tie(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token 100 of the target has the logit of another one, which plain decoding takes; the drafted text has it."""
+    original, load = redrafter_mlx.generate, redrafter_mlx.load
+    first: list[int] = []
+
+    def load_with_twin(*given: Any) -> Any:
+        model = load(*given)
+        _, stats = original(model, PROMPTS[0], max_tokens=1, draft="off")
+        first.append(stats.token_ids[0])
+        head = model.target.model.lm_head
+        head.weight[100] = head.weight[first[0]]
+        return model
+
+    def other_twin(model: Any, prompt: Any, **options: Any) -> Any:
+        text, stats = original(model, prompt, **options)
+        if options["draft"] != "off" and prompt == PROMPTS[0]:
+            stats.token_ids[0] = ({100, first[0]} - {stats.token_ids[0]}).pop()
+        return text, stats
+
+    monkeypatch.setattr(redrafter_mlx, "load", load_with_twin)
+    monkeypatch.setattr(redrafter_mlx, "generate", other_twin)
+    assert main(["demo", "--model", str(folder), "--draft", "2x3", "--max-tokens", "6"]) == 0
+    captured = capsys.readouterr()
+    assert "identical: no" in captured.out and "(a tie in float32)" in captured.out
+    assert f"{first[0]} with " in captured.out and "100 with " in captured.out
+    assert not captured.err
 
 
 def test_marks_stand_around_runs_of_drafted_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,21 +17,25 @@ from .penalties import penalized
 from .settings import Sampling
 
 
-def choose(logits: mx.array, sampling: Sampling, noise: mx.array | None) -> mx.array:
-    """The target's own token for every row.
+def scores(logits: mx.array, sampling: Sampling, noise: mx.array | None) -> mx.array:
+    """What the target's token is the largest of: the logits when greedy, else filtered logits / T + noise.
 
     Args:
         logits: (N, V), penalties already applied.
         noise: (N, V) Gumbel noise of the position each row's token will take; None when greedy.
 
     Returns:
-        (N,) int32.
+        (N, V), float32 unless greedy.
     """
     if sampling.is_greedy:
-        return mx.argmax(logits, axis=-1).astype(mx.int32)
+        return logits
     assert noise is not None
-    logits = filtered(logits.astype(mx.float32), sampling)
-    return mx.argmax(logits / sampling.temperature + noise, axis=-1).astype(mx.int32)
+    return filtered(logits.astype(mx.float32), sampling) / sampling.temperature + noise
+
+
+def choose(logits: mx.array, sampling: Sampling, noise: mx.array | None) -> mx.array:
+    """The target's own token for every row, (N,) int32; arguments as for `scores`."""
+    return mx.argmax(scores(logits, sampling, noise), axis=-1).astype(mx.int32)
 
 
 class Sampler:
@@ -59,11 +63,15 @@ class Sampler:
         """(L, V) noise of positions (L,), which lie in low ... low + count - 1; None when greedy."""
         return None if self._noise is None else self._noise.at(positions, low, low + count)
 
-    def first(self, logits: mx.array, noise: mx.array | None) -> mx.array:
-        """The first token of the text, (1,) int32, from the logits (1, V) after the prompt."""
+    def scores(self, logits: mx.array, noise: mx.array | None) -> mx.array:
+        """Scores (1, V) of the token after all that is committed, from its logits (1, V) and noise (1, V)."""
         if self._counts is not None:
             logits = penalized(logits, self.sampling, *self._counts, None, self._bias)
-        return choose(logits, self.sampling, noise)
+        return scores(logits, self.sampling, noise)
+
+    def first(self, logits: mx.array, noise: mx.array | None) -> mx.array:
+        """The first token of the text, (1,) int32, from the logits (1, V) after the prompt."""
+        return mx.argmax(self.scores(logits, noise), axis=-1).astype(mx.int32)
 
     def choose(self, logits: mx.array, tree: TokenTree, noise: mx.array | None) -> mx.array:
         """The target's token after every node, (N,) int32. noise (L, V): row d is for nodes of depth d."""
