@@ -135,6 +135,31 @@ def test_that_drafting_does_not_pay_is_said_once(
     assert err.count("drafting does not pay") == 1 and "does not pay" not in out
 
 
+def test_the_first_use_says_that_it_measures_before_the_answer_and_nothing_within_it(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the level of the log that a user has without --verbose."""
+    table = CostTable({1: 1.0, 2: 1.01, 64: 1.5}, {1: 0.01}, {1: 0.01})
+    before: list[tuple[list[str], str]] = []
+
+    def measure(*_: Any) -> CostTable:
+        before.append((caplog.messages[:], capsys.readouterr().out))
+        return table
+
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr("redrafter_mlx.auto.timing.measure", measure)
+    given = ["generate", "--model", str(folder), "hello", "--max-tokens", "24", "--draft", "auto"]
+    assert main(given) == 0
+    said = ["measuring what drafting costs on this machine, once (some seconds)"]
+    assert before == [(said, "")] and caplog.messages == said
+    assert main(given) == 0
+    assert len(before) == 1 and caplog.messages == said, "the table was kept"
+
+
 def test_freed_memory_is_kept_from_before_the_model_is_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -98,6 +99,25 @@ def test_the_vendor_decides_which_comes_first(
     monkeypatch.setattr(blas, "_installed", lambda package, library: iter([f"/installed/{library}"]))
     names = [name for path in blas._candidates() for name in ("mkl", "openblas") if f"lib{name}" in path]
     assert names[:2] == [first, "openblas" if intel else "mkl"]
+
+
+def test_mkl_comes_only_where_it_is_asked_for() -> None:
+    """With MKL nothing is tiled, so that a plain install on an Intel machine must not take it."""
+    requirements = importlib.metadata.requires("redrafter-mlx") or []
+    assert any(each.startswith("cmeel-openblas") and "extra" not in each for each in requirements)
+    mkl = [each for each in requirements if each.startswith("mkl")]
+    assert mkl and all('extra == "mkl"' in each for each in mkl)
+
+
+@linux_only
+def test_an_intel_machine_without_mkl_takes_openblas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "_is_intel", lambda: True)
+    monkeypatch.setattr(
+        blas,
+        "_installed",
+        lambda package, library: iter([] if package == "mkl" else [f"/installed/{library}"]),
+    )
+    assert next(blas._candidates()) == "/installed/libopenblas.so"
 
 
 @linux_only

@@ -95,6 +95,16 @@ def test_long_prompt_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert blocks.token_ids == whole.token_ids
 
 
+def test_a_prefills_buffers_are_freed_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the blocks' freed arrays, which no later one fits, would stay in MLX's cache until the text is done."""
+    model, freed = make(), list[int]()
+    monkeypatch.setattr(mx, "clear_cache", lambda: freed.append(1))
+    cache, prompt = model.target.new_cache(), [index % VOCAB for index in range(decode.SHORT_PROMPT + 20)]
+    text = Text(model.target, None, cache, Off(), Sampling(), prompt, max_tokens=1)
+    prefill(model.target, text, prompt, block=16)
+    assert len(freed) == -(-(len(prompt) - 1) // 16)
+
+
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], int]:
     """How often Python waits for MLX's device in a call, counted round MLX itself."""

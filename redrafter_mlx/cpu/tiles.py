@@ -142,6 +142,7 @@ def tile_layers(module: nn.Module, num_cores: int | None = None) -> None:
     to MLX's product.
     """
     if not _streams():
+        _log.info("few-row products stay with MLX: tiled weights need OpenBLAS with its kernels for AVX-512")
         return
     layers = [m for m in module.modules() if type(m) in (nn.Linear, nn.Embedding, _Linear, _Embedding)]
     copies = sum(layer.weight.nbytes for layer in layers if _tile_size(layer.weight)[0])
