@@ -5,8 +5,8 @@ with a random drafter, with one that is often right (the model's own where it ha
 candidates are a mixture of the right tokens and wrong ones, with equal siblings everywhere and made-up probabilities.
 Float32; greedy, T = 0.7 with filters, T = 1, and penalties. A difference is explained where the target's two best
 tokens lie closer than rounding: then both of their scores are shown.
-Run: python -m benchmarks.equality_drafters [--tokens 100000] [--model M]. Exit 1 on any unexplained difference; the
-last line is one JSON object.
+Run: python -m benchmarks.equality_drafters [--tokens 100000] [--model M] [--results F]. Exit 1 on any unexplained
+difference; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +28,7 @@ import numpy as np
 from redrafter_mlx.decode import Text, decode, prefill
 from redrafter_mlx.drafters.interface import Drafter, Seen
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.files import new_file
 from redrafter_mlx.generation import encode
 from redrafter_mlx.measure.compare import MT_BENCH
 from redrafter_mlx.measure.divergence import divergence
@@ -130,15 +132,19 @@ def real_cases(name: str) -> Iterator[list[Case]]:
 class Count:
     """What has been compared so far."""
 
+    rounds: int = 0
     tokens: int = 0
     accepted: int = 0
+    models: list[str] = field(default_factory=list)
+    differences: list[dict[str, object]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.differences: list[dict[str, object]] = []
+    @property
+    def unexplained(self) -> int:
+        return sum(not each["tie"] for each in self.differences)
 
-    def compare(self, case: Case, setting: str, turn: int) -> None:
+    def compare(self, case: Case, setting: str) -> None:
         """Decode a case with one setting plainly and with every drafter, and note where the texts part."""
-        sampling, target = SETTINGS[setting], case.target
+        sampling, target, turn = SETTINGS[setting], case.target, self.rounds
         plain, _ = decoded(case, None, "off", sampling)
         drafters: dict[str, Drafter] = {
             "random": make_drafter(target, seed=turn, head="factored"),
@@ -157,32 +163,44 @@ class Count:
                     "tokens": found.tokens, "best": found.best, "scores": found.scores, "tie": found.is_tie,
                 })  # fmt: skip
 
+    def report(self) -> str:
+        """One line of JSON, from which `resumed` goes on."""
+        settings = {"settings": list(SETTINGS), "drafts": DRAFTS}
+        return json.dumps({**machine(), **settings, **asdict(self), "unexplained": self.unexplained})
+
+
+def resumed(path: Path) -> Count:
+    """The count of an earlier run that was cut off."""
+    values = json.loads(path.read_text())
+    return Count(**{each.name: values[each.name] for each in fields(Count)})
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=100_000, help="drafted tokens to compare, at least")
     parser.add_argument("--model", help="a real model in place of the tiny ones")
+    parser.add_argument("--results", type=Path, help="file for the JSON after every round; goes on from it")
     arguments = parser.parse_args()
-    count = Count()
-    names: set[str] = set()
+    path: Path | None = arguments.results
+    count = resumed(path) if path is not None and path.exists() else Count()
     rounds = real_cases(arguments.model) if arguments.model else tiny_cases()
-    for turn, cases in enumerate(rounds):
+    for cases in itertools.islice(rounds, count.rounds, None):
+        if count.tokens >= arguments.tokens:
+            break
         for case in cases:
-            names.add(case.name)
             for setting in SETTINGS:
-                count.compare(case, setting, turn)
+                count.compare(case, setting)
+        count.rounds += 1
+        count.models = sorted({*count.models, *(case.name for case in cases)})
         progress = (
             f"{count.tokens} tokens, {count.accepted} drafted and accepted, {len(count.differences)} differ"
         )
         print(progress, file=sys.stderr, flush=True)
-        if count.tokens >= arguments.tokens:
-            break
-    unexplained = sum(not each["tie"] for each in count.differences)
-    print(json.dumps({
-        **machine(), "models": sorted(names), "settings": list(SETTINGS), "drafts": DRAFTS, "tokens": count.tokens,
-        "accepted": count.accepted, "differences": count.differences, "unexplained": unexplained,
-    }))  # fmt: skip
-    sys.exit(unexplained > 0)
+        if path is not None:
+            with new_file(path) as temporary:
+                temporary.write_text(count.report() + "\n")
+    print(count.report())
+    sys.exit(count.unexplained > 0)
 
 
 if __name__ == "__main__":
