@@ -38,7 +38,8 @@ check: $(STAMP) ## what must pass before a change lands: lint, format, types, im
 
 # What differs between a GPU and a CPU, with and without the faster kernels.
 CORE := tests/test_decode.py tests/test_drafters_beam.py tests/test_drafters_precision.py \
-	tests/test_drafters_recurrent.py tests/test_drafters_recurrent_network.py tests/test_target.py tests/test_target_cache.py
+	tests/test_drafters_recurrent.py tests/test_drafters_recurrent_network.py tests/test_target.py \
+	tests/test_target_cache.py
 
 # Compiled for packing and acceptance only: the C++ compiler takes half an hour for the sampling filters of every shape.
 test-gpu-choices: $(STAMP) ## the core's tests with what is chosen on a GPU

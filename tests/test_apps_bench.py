@@ -61,6 +61,7 @@ def test_bench_ends_with_every_figure(folder: Path, capsys: pytest.CaptureFixtur
     assert json.loads(out.read_text()) == report
 
 
+@pytest.mark.slow
 def test_tune_measures_every_shape_and_draws_it(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

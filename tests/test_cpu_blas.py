@@ -156,6 +156,7 @@ print(blas.loaded() is not None, dict(os.environ) == before, env() == inherited)
     assert result.stdout.strip() == "True True True", result.stderr
 
 
+@pytest.mark.slow
 @linux_only
 def test_malloc_is_changed_by_commands_alone() -> None:
     """Importing and generating set no option of malloc, which the whole process shares."""
@@ -204,11 +205,13 @@ def generated() -> list[str]:
     return tokens
 
 
+@pytest.mark.slow
 def test_the_switch_leaves_the_tokens_as_they_are(generated: list[str]) -> None:
     where, *tokens = run(GENERATE, REDRAFTER_CPU="off").stdout.splitlines()
     assert where.endswith(" False") and tokens == generated
 
 
+@pytest.mark.slow
 def test_without_the_folder_the_tokens_are_the_same(generated: list[str], tmp_path: Path) -> None:
     shutil.copytree(
         ROOT / "redrafter_mlx",

@@ -85,8 +85,8 @@ def test_beams_are_the_best_of_all_paths() -> None:
     np.testing.assert_allclose(scores, both[best], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_tied", "lstm_scaled"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("mlp_tied", marks=pytest.mark.slow), "lstm_scaled"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_drafted_is_plain(family: str, name: str) -> None:
     target, speculator = make_target(family), make_speculator(**CASES[name])
     speculator.eval()

@@ -40,6 +40,7 @@ def test_choices_follow_the_distribution() -> None:
     assert ((counts - 20000 * p) ** 2 / (20000 * p)).sum() < 23.5  # 4 degrees of freedom
 
 
+@pytest.mark.slow
 def test_speculative_samples_follow_the_target() -> None:
     """First drafted position over many seeds against the exact distribution of the toy target
     (chi-squared).
