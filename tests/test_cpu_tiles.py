@@ -188,7 +188,7 @@ def test_with_another_blas_nothing_is_tiled_which_the_log_says(
     tile_layers(layers)
     assert type(layers.layers[0]) is nn.Linear
     assert TiledWeight(layers.layers[0].weight).tiles(x) == []
-    assert "tiled weights need OpenBLAS" in caplog.text
+    assert "needs OpenBLAS" in caplog.text
 
 
 def test_threads_are_asked_of_openblas_alone() -> None:

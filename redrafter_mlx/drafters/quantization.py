@@ -1,4 +1,4 @@
-"""Quantized weights of a drafter: what its config may ask for, and the rounding itself."""
+"""Quantization of a drafter: the settings that its config may have, and how its layers are quantized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FORMATS = {
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
-"""Mode of `mx.quantize` -> the bits and the group sizes that it has."""
+"""Mode of `mx.quantize` -> its possible bits and group sizes."""
 
 
 def _listed(values: Sequence[object]) -> str:
@@ -24,10 +24,10 @@ def _listed(values: Sequence[object]) -> str:
 
 
 def check_quantization(values: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The arguments of `nn.quantize` in a config's `quantization`.
+    """Check a config's `quantization`, the arguments of `nn.quantize`, and return it.
 
     Raises:
-        ValueError: a key that is missing or not known, or a value that MLX does not have.
+        ValueError: a key is missing or unknown, or MLX does not support a value.
     """
     if values is None:
         return None

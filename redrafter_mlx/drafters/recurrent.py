@@ -35,7 +35,9 @@ class RecurrentDrafter(RecurrentNetwork, BeamDrafter[tuple[mx.array, mx.array]])
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__(config)
         self._target: TargetView | None = None
-        self._rounded: RecurrentDrafter | None = None  # searched in this one's place, see `precision`
+        self._rounded: RecurrentDrafter | None = (
+            None  # a copy that searches in place of this one, see `precision`
+        )
 
     @property
     def nbytes(self) -> int:
@@ -45,9 +47,9 @@ class RecurrentDrafter(RecurrentNetwork, BeamDrafter[tuple[mx.array, mx.array]])
         return weight_bytes(self) + (self._rows.nbytes if self._rows is not None else 0)
 
     def attach(self, target: TargetView) -> None:
-        """Take the target to draft for: check sizes and embedding scale, watch its layers, take its output rows.
+        """Set the target to draft for: check sizes and embedding scale, watch its layers, take its output rows.
 
-        Weights of a drafter in evaluation mode are final (`eval()`, as loaded): their layout is optimized.
+        In evaluation mode, which `eval()` and loading set, the weights are final, and their layout is optimized.
 
         Raises:
             ValueError: it was made for another target.
@@ -69,7 +71,7 @@ class RecurrentDrafter(RecurrentNetwork, BeamDrafter[tuple[mx.array, mx.array]])
             self.optimize_layout(self.num_cores)
 
     def frozen(self) -> RecurrentDrafter:
-        """A drafter of the same weights (shared, as they are now) that is ready for search while this one trains."""
+        """A drafter that shares the current weights and searches with them while this one trains on."""
         copy = self.unattached()
         copy.eval()
         if self._target is not None:
@@ -77,7 +79,7 @@ class RecurrentDrafter(RecurrentNetwork, BeamDrafter[tuple[mx.array, mx.array]])
         return copy
 
     def unattached(self) -> RecurrentDrafter:
-        """A drafter of the same weights (shared, as they are now) without a target."""
+        """A drafter that shares the current weights and has no target."""
         copy = RecurrentDrafter(self.config)
         if self.config.quantization:
             quantize(copy, self.config.quantization)
@@ -116,7 +118,7 @@ class RecurrentDrafter(RecurrentNetwork, BeamDrafter[tuple[mx.array, mx.array]])
 
 @dataclass(frozen=True, slots=True)
 class Rnn:
-    """The drafter as a beam search drives it. Its state is (prepared context (1, X or C), RNN states (W, H))."""
+    """The drafter as beam search calls it. Its state is (prepared context (1, X or C), RNN states (W, H))."""
 
     drafter: RecurrentDrafter
     embed: Embed
@@ -150,7 +152,7 @@ class Rnn:
 
 
 def full_head(drafter: RecurrentDrafter) -> RecurrentDrafter:
-    """A drafter with a factored head as one with a full head: rows x factor is exactly its (V, X) matrix."""
+    """The same drafter with a full head: the rows times the factor of a factored head are its (V, X) matrix."""
     if drafter.config.head == "full":
         return drafter
     if drafter._rows is None:

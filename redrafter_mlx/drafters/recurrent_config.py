@@ -13,7 +13,7 @@ MODEL_TYPE = "recurrent_drafting_drafter"
 
 @dataclass(frozen=True, slots=True)
 class DrafterConfig:
-    """`config.json` of a drafter folder. The defaults of optional keys mean "as Apple's"."""
+    """`config.json` of a drafter folder. The defaults of optional keys describe Apple's drafters."""
 
     model_type: ClassVar[str] = MODEL_TYPE
 
@@ -34,17 +34,17 @@ class DrafterConfig:
     activation: str = "silu"
     """"linear": TensorRT-LLM's RNN, without SiLU and, on the first step, without the bias."""
     context_layers: tuple[int, ...] = ()
-    """Outputs of these target layers (from 0), RMS-normalized, join the final hidden state in the context."""
+    """Target layers (from 0) whose RMS-normalized outputs follow the final hidden state in the context."""
     embedding_scale: float = 1.0
-    """What the target multiplies its embedding by; the drafter reads the scaled embedding."""
+    """The factor by which the target scales its embedding; the drafter reads the scaled embedding."""
     calibration: tuple[float, ...] = ()
-    """Per depth: temperature that makes the drafter's probabilities true ones. Empty: 1."""
+    """Temperature of the logits at each depth, which makes probabilities calibrated. Empty: 1."""
     quantization: dict[str, Any] | None = None
     """{"bits", "group_size"} (and "mode") of the stored linear layers, as mlx-lm has them."""
     target: dict[str, Any] = field(default_factory=dict)
     """{"name", "hidden_size", "vocab_size"} of the model this drafter was made for."""
     training: dict[str, Any] = field(default_factory=dict)
-    """How it was made."""
+    """Settings and data of its training, for the record."""
 
     def __post_init__(self) -> None:
         check_positive(self, ("vocab_size", "hidden_size", "exit_dim"))
@@ -67,7 +67,7 @@ class DrafterConfig:
 
     @property
     def context_size(self) -> int:
-        """C: the final hidden state and the intermediate ones after it."""
+        """C: the size of the final hidden state and the intermediate ones after it."""
         return self.hidden_size * (1 + len(self.context_layers))
 
     @property
@@ -80,7 +80,7 @@ class DrafterConfig:
         """Read a config; returns it with the unknown keys, which the caller should report.
 
         Raises:
-            ValueError: another model's config, a key missing or with a value it cannot have; `where` is named.
+            ValueError: another model's config, a missing key or an invalid value; the message names `where`.
         """
         kind = values.get("model_type", MODEL_TYPE)
         if kind != MODEL_TYPE:
@@ -102,5 +102,5 @@ class DrafterConfig:
 
 
 def changed(config: DrafterConfig, **changes: Any) -> DrafterConfig:
-    """A config with other values."""
+    """A copy of a config with some values changed."""
     return DrafterConfig(**{**asdict(config), **changes})

@@ -33,7 +33,7 @@ def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
 
 @fused
 def _top_p(probs: mx.array, top_p: float) -> mx.array:
-    """Tokens in falling order until their mass reaches top_p; of equals, all."""
+    """Keep tokens in order of falling probability until their mass reaches top_p; of equal ones all or none."""
 
     def enough(threshold: mx.array) -> mx.array:
         return mx.where(probs >= threshold, probs, 0).sum(axis=-1, keepdims=True) >= top_p
@@ -43,7 +43,7 @@ def _top_p(probs: mx.array, top_p: float) -> mx.array:
 
 @fused
 def _top_k(logits: mx.array, k: int) -> mx.array:
-    """The k largest; of equals at the border, all."""
+    """Keep the k largest, and all that equal the smallest of them."""
     # exp(x - max) is positive, so its bits order as its value does; what underflows to 0 ties with -inf.
     weights = mx.exp(logits - logits.max(axis=-1, keepdims=True))
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 def gumbel(seed: int, positions: mx.array, vocab_size: int) -> mx.array:
     """Standard Gumbel noise, a row per absolute position. positions (L,) int32 -> (L, V) float32.
 
-    The key of a row is (seed, position) itself: Threefry is counter-based, so keys need no spreading. What a seed has
-    beyond 32 bits goes, spread by Knuth's odd multiplier, to the word of the position.
+    The key of a row is (seed, position) itself: Threefry is counter-based, so that similar keys are as good as random
+    ones. The upper 32 bits of a seed, times Knuth's odd multiplier, are combined with the position.
     """
     low, high = seed & 0xFFFFFFFF, (seed >> 32) * 2654435761 & 0xFFFFFFFF
     words = positions.astype(mx.uint32) ^ mx.array(high, dtype=mx.uint32)
@@ -21,10 +21,10 @@ def gumbel(seed: int, positions: mx.array, vocab_size: int) -> mx.array:
 
 
 class PositionNoise:
-    """Gumbel noise by absolute position, each row computed once though every draft looks ahead over several.
+    """Gumbel noise by absolute position. Drafts overlap in their positions, and each row is computed once.
 
-    Positions live on the device (the next draft is queued before the host knows where it stands); the host
-    gives bounds. Rows are made in blocks and forgotten when the text has passed them.
+    The positions asked for are on the device, because the next draft is queued before the host knows them; the host
+    gives their bounds. Rows are computed in blocks, and freed when the text has passed them.
     """
 
     BLOCK = 8

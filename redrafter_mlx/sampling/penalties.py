@@ -20,14 +20,14 @@ def penalized(  # noqa: PLR0913  (arrays of one node each)
     tree: TokenTree | None,
     bias: mx.array | None = None,
 ) -> mx.array:
-    """Apply penalties and bias, each node with its own history.
+    """Apply penalties and bias to the logits of every node, whose history is the text and its ancestors.
 
     Args:
         logits: (N, V).
         prompt: (V,) float32, how often every token stands in the prompt.
-        generated: (V,) float32, and in the text generated before the root.
-        tree: N nodes of generated text, the root included; None where nothing is generated yet.
-        bias: (V,) float32.
+        generated: (V,) float32, how often every token stands in the text generated before the root.
+        tree: N nodes, the root included; None where `generated` holds all that is generated.
+        bias: (V,) float32, added first; None for none.
     """
     logits = logits.astype(mx.float32)
     if bias is not None:

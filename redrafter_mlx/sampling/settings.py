@@ -1,4 +1,4 @@
-"""The settings of sampling, each checked when they are made."""
+"""The settings of sampling, checked when they are created."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Sampling:
     presence_penalty: float = 0.0
     """Subtract from the logits of tokens already generated."""
     frequency_penalty: float = 0.0
-    """Subtract as many times as the token was generated."""
+    """Subtract from the logits of tokens already generated, once for each time."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Add to the logits of these tokens. Keys may be numbers written as text, as JSON has them."""
+    """Token id -> what is added to its logit. Ids may be strings, which JSON's keys are."""
 
     def __post_init__(self) -> None:
         def check(name: str, rule: str, ok: bool) -> None:
@@ -68,14 +68,14 @@ class Sampling:
         """Check the ids of `logit_bias` against the target's vocabulary.
 
         Raises:
-            ValueError: a token that the target does not have.
+            ValueError: names a token that the target does not have.
         """
         for token in self.logit_bias:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"logit_bias must name tokens in 0..{vocab_size - 1}, not {token}")
 
     def seeded(self) -> Sampling:
-        """The same with a definite seed."""
+        """These settings with a seed: a random one where it is None."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
 
 
