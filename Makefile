@@ -26,7 +26,7 @@ test: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -q
 
 quick: $(STAMP) ## the tests of a minute
-	$(BIN)/python -m pytest -q -m "not slow and not real and not network"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not real and not network"
 
 check: $(STAMP) ## what must pass before a change lands: lint, format, types, import contract, all tests
 	$(BIN)/ruff check .
