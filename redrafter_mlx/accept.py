@@ -19,21 +19,21 @@ from .tree import TokenTree
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What a decode step found; on the device until `read`."""
+    """The accepted path of a decode step; its arrays stay on the device until `read`."""
 
     num_accepted: mx.array
     """() int32: draft tokens kept, 0 ... L-1"""
     last: mx.array
-    """() int32: the node the path ends at"""
+    """() int32: the node at which the path ends"""
     next_token: mx.array
     """() int32: the target's own token after the path, root of the next step"""
     choice: mx.array
     """(N,) int32: the target's own token after every node"""
     summary: mx.array
-    """(2 + 2L,) int32: num_accepted, next_token, path, its tokens; entries past the path mean nothing"""
+    """(2 + 2L,) int32: num_accepted, next_token, nodes of the path, their tokens; undefined past the path's end"""
 
     def read(self) -> tuple[list[int], list[int]]:
-        """The one host synchronization of a step: nodes of the path from the root; tokens to emit."""
+        """Wait for the device, once per step: the nodes of the path, root first, and the tokens to emit."""
         values = cast(list[int], self.summary.tolist())
         count, height = values[0] + 1, (len(values) - 2) // 2
         path = values[2 : 2 + count]
@@ -75,7 +75,7 @@ def _walk(
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     choice = choice.astype(mx.int32)
     agrees = (tokens == choice[parents]) & (depth > 0)
-    node = mx.zeros((1,), dtype=mx.int32)  # where the path has got to
+    node = mx.zeros((1,), dtype=mx.int32)  # the end of the path so far
     is_on = mx.ones((1,), dtype=mx.bool_)
     path, reached = [node], []
     for _ in range(height):

@@ -13,9 +13,11 @@ from tests.speculators import make_speculator
 from tests.toy import save_folder
 
 # isort: split
+import redrafter_mlx
 from apps import tune
 from redrafter_mlx.auto import timing
 from redrafter_mlx.drafters.kinds import save_drafter
+from redrafter_mlx.measure import compare
 
 FIELDS = {
     "device", "chip", "os", "versions", "commit", "model", "dtype", "drafter", "draft", "prompts", "tokens",
@@ -59,8 +61,33 @@ def test_bench_ends_with_every_figure(folder: Path, capsys: pytest.CaptureFixtur
     assert report["mlx_lm_speculative_tokens_per_second"] and set(report["categories"]) == {"all", "colors"}
     assert set(report["profile_ms"]) == {"draft", "verify", "accept", "keep", "host"}
     assert json.loads(out.read_text()) == report
+    assert report["divergences"] == []
 
 
+def test_bench_says_where_texts_part(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = redrafter_mlx.generate
+
+    def wrong(model: Any, prompt: list[int], **options: Any) -> Any:
+        text, stats = original(model, prompt, **options)
+        if options["draft"] != "off" and len(prompt) > 12:  # the second one
+            stats.token_ids[3] += 1
+        return text, stats
+
+    monkeypatch.setattr(compare, "generate", wrong)
+    prompts = folder.parent / "prompts.jsonl"
+    given = ["--model", str(folder), "--draft", "2x3", "--prompts", str(prompts), "--max-tokens", "6"]
+    assert main(["bench", *given, "--no-mlx-lm"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out.splitlines()[-1])
+    (found,) = report["divergences"]
+    assert not report["identical"] and not found["is_float32_tie"]
+    assert (found["prompt"], found["index"]) == (1, 3) and found["best"][0] == found["tokens"][0]
+    assert "identical: no (1 differ, 0 by a tie)" in captured.err
+
+
+@pytest.mark.slow
 def test_tune_measures_every_shape_and_draws_it(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def step_seconds(table: CostTable) -> np.ndarray:
     return np.array([verify[1], *drafted])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slope", SLOPES)
 def test_two_hundred_first_uses_on_a_machine_that_stutters(
     slope: float, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +148,7 @@ def test_the_budget_ends_the_rounds_but_not_the_first_ones(monkeypatch: pytest.M
         assert clock.slept[key] == 2 + rounds
 
 
-@pytest.mark.parametrize("slow", [1, 2, 1000])
+@pytest.mark.parametrize("slow", [pytest.param(1, marks=pytest.mark.slow), 2, 1000])
 def test_a_slow_forward_over_two_rows_is_no_error(
     slow: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from tests.toy import VOCAB, make, save_folder
 
 # isort: split
+import mlx.core as mx
+
 import redrafter_mlx as rd
 from redrafter_mlx.generation import Model, PromptCache, generate, stream_generate
 from redrafter_mlx.sampling import Sampling
@@ -127,6 +132,25 @@ def test_a_target_without_a_tokenizer_ends_at_its_configs_end() -> None:
     model.eos_token_ids = frozenset([plain[7]])
     _, stats = generate(model, PROMPT, max_tokens=30, draft="3x4")
     assert stats.token_ids == plain[: plain.index(plain[7]) + 1] and stats.finish_reason == "stop"
+
+
+def test_weights_stay_resident_on_metal_while_a_text_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in mlx-lm: else a model near the size of the working set would be read from memory anew at every step."""
+    events: list[object] = []
+
+    @contextmanager
+    def wired(module: object) -> Iterator[None]:
+        events.append(module)
+        yield
+        events.append("released")
+
+    model = make()
+    monkeypatch.setattr(importlib.import_module("mlx_lm.generate"), "wired_limit", wired)
+    assert len(list(stream_generate(model, [1, 2], max_tokens=4, draft="3x4"))) == 4 and not events
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    for count, _ in enumerate(stream_generate(model, [1, 2], max_tokens=4, draft="3x4"), 1):
+        assert len(events) == 1 and events[0] is model.target.model, f"resident with chunk {count}"
+    assert events[1:] == ["released"]
 
 
 @pytest.fixture(scope="module")
