@@ -13,7 +13,8 @@ import mlx.core as mx
 from redrafter_mlx.files import DTYPES, new_folder, read_json, read_safetensors
 from redrafter_mlx.loading import hub
 
-from .torch_file import TorchTensor, read_torch
+from .torch_file import read_torch
+from .torch_tensor import TorchTensor
 
 Tensor = mx.array | TorchTensor
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "rank0.safetensors")
