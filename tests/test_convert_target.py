@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,8 +328,10 @@ class FakeHub:
         self.folder = folder
         self.asked: list[str] = []
 
-    def list_repo_files(self, _: str, revision: str | None) -> list[str]:
-        return [file.name for file in self.folder.iterdir()]
+    def model_info(self, _: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            siblings=[SimpleNamespace(rfilename=file.name) for file in self.folder.iterdir()]
+        )
 
     def snapshot_download(self, _: str, revision: str | None, allow_patterns: list[str]) -> str:
         self.asked = allow_patterns
@@ -351,4 +354,5 @@ def test_hugging_face_unreachable(
 
     monkeypatch.setattr("huggingface_hub.HfApi", refuse)
     found = error_of(capsys, "target", "owner/model", "--out", str(tmp_path / "out"))
-    assert "no target 'owner/model' here, and none from Hugging Face: no route" in found
+    assert "no target 'owner/model' here, and none from Hugging Face: " in found
+    assert "cannot be reached (no route)" in found
