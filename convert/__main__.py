@@ -80,13 +80,15 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "target":
         _run_target(arguments)
     else:
-        from .drafter import DrafterOptions, ExportOptions, convert_drafter, export_drafter
-
         common = {"target": arguments.target, "dtype": arguments.dtype, "force": arguments.force}
         if arguments.command == "drafter":
+            from .drafter import DrafterOptions, convert_drafter
+
             options = DrafterOptions(activation=arguments.activation, **common)
             convert_drafter(arguments.src, arguments.out, options, _report)
         else:
+            from .export import ExportOptions, export_drafter
+
             export_drafter(arguments.src, arguments.out, ExportOptions(**common), _report)
     print(arguments.out)
 

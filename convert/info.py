@@ -10,7 +10,8 @@ from pathlib import Path
 from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig
 from redrafter_mlx.drafters.speculator import SpeculatorConfig
 from redrafter_mlx.files import read_json
-from redrafter_mlx.loading.gguf import read_header
+from redrafter_mlx.loading.config import normalize_config
+from redrafter_mlx.loading.gguf import find_gguf, read_header
 
 from .drafter import DrafterSource, read_drafter
 from .names import translate
@@ -25,8 +26,8 @@ def describe(source: str) -> dict[str, str]:
         FileNotFoundError, ValueError: nothing there, or nothing that can be read.
     """
     path = locate(source, "checkpoint")
-    if path.suffix == ".gguf":
-        return _gguf(path)
+    if (gguf := find_gguf(path)) is not None:
+        return _gguf(gguf)
     config = {}
     folder = path if path.is_dir() else path.parent
     if (folder / "config.json").is_file():
@@ -41,7 +42,11 @@ def describe(source: str) -> dict[str, str]:
     named = translate(sorted(weights.tensors))
     if not named.unknown:
         return _drafter(read_drafter(path))
+    if "model_type" in config:
+        config = normalize_config(config, str(folder / "config.json"))
     text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise ValueError(f"{folder / 'config.json'}: text_config must be an object, not {str(text)[:40]!r}")
     return {
         "kind": "target"
         if "model_type" in config

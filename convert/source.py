@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def read_weights(path: Path) -> Weights:
     Raises:
         FileNotFoundError, ValueError: no weights there, more than one set, or a damaged file.
     """
-    file = _main_file(path) if path.is_dir() else path
+    file = main_file(path) if path.is_dir() else path
     if file.name.endswith(".index.json"):
         return _read_shards(file)
     if re.fullmatch(r"rank\d+\.safetensors", file.name):
@@ -89,7 +89,12 @@ def read_weights(path: Path) -> Weights:
     return Weights(_read_file(file), (file,))
 
 
-def _main_file(folder: Path) -> Path:
+def main_file(folder: Path) -> Path:
+    """The index, or the one file, of a folder's weights.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it cannot be told which.
+    """
     for name in (*SAFETENSORS, *TORCH):
         if (folder / name).is_file():
             return folder / name
@@ -102,8 +107,13 @@ def _main_file(folder: Path) -> Path:
     raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join((*SAFETENSORS, *TORCH))}")
 
 
+def shortened(names: Sequence[str], most: int = 6) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
 def _names(files: list[Path]) -> str:
-    return ", ".join(file.name for file in files)
+    return shortened([file.name for file in files])
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
@@ -136,7 +146,7 @@ def _read_shards(index: Path) -> Weights:
     for file in files:
         tensors |= _read_file(file)
     if absent := sorted(where.keys() - tensors.keys()):
-        raise ValueError(f"{index} names tensors that its shards lack: {', '.join(absent)}")
+        raise ValueError(f"{index} names tensors that its shards lack: {shortened(absent)}")
     return Weights({name: tensors[name] for name in where}, tuple(files))
 
 

@@ -21,7 +21,12 @@ from convert.torch_pickle import UnsafeFile
 from convert.torch_tensor import TorchTensor
 
 GOLDENS = Path(__file__).parent / "goldens" / "torch_files"
-KINDS = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage"}
+KINDS = {
+    "float32": "FloatStorage",
+    "float64": "DoubleStorage",
+    "float16": "HalfStorage",
+    "int64": "LongStorage",
+}
 
 
 def text(value: str) -> bytes:

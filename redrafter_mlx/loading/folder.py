@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+from mlx_lm import tokenizer_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
 from redrafter_mlx.device import memory_bytes, on_gpu
@@ -43,19 +43,27 @@ def load_folder(folder: Path) -> tuple[nn.Module, TokenizerWrapper | None, dict[
     Raises:
         FileNotFoundError, ValueError: what is missing, damaged or not read, by its file.
     """
-    config = normalize_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    _check_weights(folder, config)
+    config = read_config(folder)
     _check_memory(folder, config)
-    model, config = _model(folder, config)
-    tokenizer = None
-    if any((folder / name).is_file() for name in _TOKENIZERS):
-        tokenizer = _tokenizer(folder, config)
+    model, config = map_model(folder, config)
+    tokenizer = load_tokenizer(folder, config)
     generation = folder / "generation_config.json"
     if generation.is_file():
         settings = read_json(generation)
         check_token_ids(settings, str(generation))
         config["eos_token_id"] = sorted(eos_token_ids(config, settings))
     return model, tokenizer, config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The normalized config of an mlx-lm folder, its weight files checked against it.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing, damaged or not read, by its file.
+    """
+    config = normalize_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    _check_weights(folder, config)
+    return config
 
 
 def _check_weights(folder: Path, config: dict[str, Any]) -> None:
@@ -118,8 +126,12 @@ def check_fits(path: Path, needed: float) -> None:
         )
 
 
-def _model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """The model by mlx-lm, its weights mapped; and the config as mlx-lm has completed it."""
+def map_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model by mlx-lm, its weights mapped and not read yet; and the config as mlx-lm has completed it.
+
+    Raises:
+        ValueError: mlx-lm does not know such a model, or its weights do not fit the config.
+    """
     with tempfile.TemporaryDirectory() as staged:
         for file in folder.glob(WEIGHTS):
             (Path(staged) / file.name).symlink_to(file.resolve())
@@ -137,17 +149,19 @@ def _model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, A
             raise ValueError(f"{folder} cannot be loaded as an mlx-lm model: {said}{hint}") from None
 
 
-def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """The folder's tokenizer, read beside the normalized config: transformers checks that too.
+def load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper | None:
+    """The folder's tokenizer, None where it has none; read beside the normalized config: transformers checks that too.
 
     Raises:
         ValueError: its files are damaged, by name where that can be said.
     """
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return None
     kinds = {name: value for name, value in config.items() if name in ("model_type", "architectures")}
     with _staged_tokenizer(folder) as staged:
         (staged / "config.json").write_text(json.dumps(kinds))
         try:
-            return load_tokenizer(
+            return tokenizer_utils.load(
                 staged, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
             )
         except Exception as error:  # the tokenizers library raises plain Exceptions
@@ -219,6 +233,7 @@ def _without_mark(file: Path) -> bytes | None:
 def _first_words(error: BaseException) -> str:
     """What an error of another library says, without the lists that may follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    more = f" (and {len(lines) - 1} more lines)" if len(lines) > 1 else ""
+    used = 2 if lines and lines[0].endswith(":") else 1  # the first name of a list goes with its heading
+    text = " ".join(lines[:used]) if lines else type(error).__name__
+    more = f" (and {len(lines) - used} more lines)" if len(lines) > used else ""
     return (text if len(text) <= 300 else text[:297] + "...") + more
