@@ -9,6 +9,7 @@ Letters: H hidden size, X exit_dim, V vocabulary, N residual blocks (num_draft_l
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from .source import (
     output_folder,
     read_weights,
 )
-from .speculator import build_speculator, is_speculator, read_speculator
+from .speculator import build_speculator, is_ours, is_speculator, read_speculator
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,10 @@ def read_drafter(path: Path) -> DrafterSource:
     except ValueError as error:
         raise ValueError(f"{weights.folder / 'config.json'}: {error}") from None
     tensors.pop("emb_norm.weight", None)  # Apple's MLX port stores it and never applies it
+    if config.num_draft_layers > len(tensors):  # do not build a million blocks to say that they are missing
+        raise ValueError(
+            f"{where}: its names number {config.num_draft_layers} blocks, and it holds {len(tensors)} tensors"
+        )
     check_weights(RecurrentDrafter(config), tensors, where)  # type: ignore[arg-type]
     _check_floating(tensors, where)
     if named.beside:
@@ -174,8 +179,24 @@ class DrafterOptions:
     force: bool = False
 
 
-def convert_drafter(source: str, out: Path, options: DrafterOptions, report: Report) -> None:
+def is_converted(path: Path) -> bool:
+    """True for a folder of a drafter that loads as it is."""
+    where = path / "config.json"
+    config = read_json(where) if path.is_dir() and where.is_file() else {}
+    return is_ours(config) or (config.get("model_type") == MODEL_TYPE and "head" in config)
+
+
+def convert_drafter(
+    source: str,
+    out: Path,
+    options: DrafterOptions,
+    report: Report,
+    approve: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write the drafter at `source` as a folder that `redrafter_mlx.load_drafter` loads.
+
+    Args:
+        approve: called with the finished folder before that becomes `out`; what it raises keeps `out` as it was.
 
     Raises:
         FileNotFoundError, ValueError: see `read_drafter`, `read_speculator` and `build_speculator`; or it does
@@ -183,6 +204,14 @@ def convert_drafter(source: str, out: Path, options: DrafterOptions, report: Rep
     """
     check_output(out, options.force)
     path = locate(source, "drafter")
+    with output_folder(out, options.force) as part:
+        save_drafter(_drafter(path, options, report), part)
+        load_drafter(part)
+        approve(part)
+
+
+def _drafter(path: Path, options: DrafterOptions, report: Report) -> RecurrentDrafter | Speculator:
+    """The drafter of a source, with what it is made for in its config."""
     if is_speculator(path):
         drafter: RecurrentDrafter | Speculator = _speculator(path, options, report)
     else:
@@ -195,9 +224,7 @@ def convert_drafter(source: str, out: Path, options: DrafterOptions, report: Rep
             drafter.config = changed(drafter.config, embedding_scale=target.embedding_scale, target=made_for)
         else:
             drafter.config = replace(drafter.config, target=made_for)
-    with output_folder(out, options.force) as part:
-        save_drafter(drafter, part)
-        load_drafter(part)
+    return drafter
 
 
 def _recurrent(path: Path, options: DrafterOptions, report: Report) -> RecurrentDrafter:
