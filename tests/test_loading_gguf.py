@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model as Llama
 from mlx_lm.models.llama import ModelArgs
 
-from redrafter_mlx.loading.gguf import _NAMES, load_gguf, read_header
+from redrafter_mlx.loading.gguf import load_gguf, read_header
+from redrafter_mlx.loading.gguf.model import _NAMES
 from redrafter_mlx.text import TextStream
 
 HEADS, KV_HEADS, SIZE = 4, 2, 64
