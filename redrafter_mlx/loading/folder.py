@@ -18,10 +18,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
-from redrafter_mlx.device import memory_bytes, on_gpu
+from redrafter_mlx.device import on_gpu
 from redrafter_mlx.files import check_real, check_safetensors, read_json
 
 from .config import check_token_ids, eos_token_ids, normalize_config
+from .memory import check_fits
 
 NOT_READ = {
     "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fbgemm_fp8": "FP8", "hqq": "HQQ", "aqlm": "AQLM",
@@ -103,19 +104,6 @@ def _check_memory(folder: Path, config: dict[str, Any]) -> None:
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     needed = stored * 32 / (bits + 0.5)  # half a bit for scales and biases
     check_fits(folder, needed)
-
-
-def check_fits(path: Path, needed: float) -> None:
-    """Check that a target whose weights take `needed` bytes in float32 fits into this process.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if needed > memory_bytes():
-        raise ValueError(
-            f"{path} is too large for this CPU: dequantized to float32 its weights take about "
-            f"{needed / 1e9:.1f} GB, and this process may use {memory_bytes() / 1e9:.1f} GB"
-        )
 
 
 def _model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
