@@ -18,10 +18,11 @@ from mlx_lm import tokenizer_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
-from redrafter_mlx.device import memory_bytes, on_gpu
+from redrafter_mlx.device import on_gpu
 from redrafter_mlx.files import check_real, check_safetensors, read_json
 
 from .config import check_token_ids, eos_token_ids, normalize_config
+from .memory import check_fits
 
 NOT_READ = {
     "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fbgemm_fp8": "FP8", "hqq": "HQQ", "aqlm": "AQLM",

@@ -1,132 +1,35 @@
-"""A GGUF's tensors and metadata as mlx-lm's Llama.
+"""A GGUF's tensors and metadata as a model of mlx-lm, with its tokenizer.
 
-`mx.load` reads the tensors (Q4_0, Q4_1 and Q8_0 stay packed in groups of 32; F16, F32 and the other types it knows
-become float arrays). What is left to do: rename the tensors and undo the row permutation llama.cpp applies to q and k.
+What MLX has a type for stays as it is; the rest is packed anew, once. What is left to do: rename the tensors, and undo
+what llama.cpp's converter does to some of them.
 """
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.llama import Model as Llama
-from mlx_lm.models.llama import ModelArgs
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from redrafter_mlx.files import check_weights
+from redrafter_mlx.device import on_gpu
+from redrafter_mlx.files import cast_floating, check_weights
+from redrafter_mlx.loading.memory import check_fits
 
-from .metadata import check_metadata
-from .reader import FLOAT64, GGUFHeader, read_header
+from .families import Family, config_of, family_of
+from .metadata import Metadata
+from .reader import GGUFHeader, read_header
+from .repacked import repacked
+from .rope import FACTORS, LONG, SHORT, add_factors, divide_frequencies
+from .tensors import FLOATS, GROUP_SIZE, NATIVE, Packed, read_float, read_packed
 from .tokenizer import load_tokenizer
 
-GROUP_SIZE = 32  # of every packed type mx.load produces from a GGUF
-READ_ERRORS = (RuntimeError, ValueError, OverflowError)
-
-_NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-
-
-def _load_tensors(path: Path, header: GGUFHeader) -> dict[str, mx.array]:
-    """The tensors as MLX reads them. Its reader dies of a float64 in the metadata, so that is refused first.
-
-    Raises:
-        ValueError: there is one, or MLX refuses the file.
-    """
-    if FLOAT64 in header.kinds:
-        raise ValueError(f"{path} holds a float64 in its metadata, which MLX's reader cannot read")
-    try:
-        raw = mx.load(str(path), format="gguf")
-    except READ_ERRORS as error:
-        raise ValueError(f"{path} cannot be read by MLX: {error}") from None
-    assert isinstance(raw, dict)
-    return raw
-
-
-def _config(header: GGUFHeader, path: Path) -> dict[str, Any]:
-    """The metadata as a Hugging Face Llama config."""
-    meta = header.metadata
-    architecture = meta.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(
-            f"{path} has architecture {architecture!r}; only 'llama' can be loaded from a GGUF. "
-            "Convert the original checkpoint with `redrafter-convert target` instead"
-        )
-    if meta.get("llama.expert_count", 0):
-        raise ValueError(f"{path} is a mixture of experts, which cannot be loaded from a GGUF")
-
-    def need(key: str) -> Any:
-        if f"llama.{key}" not in meta:
-            raise ValueError(f"{path} lacks the metadata key llama.{key}")
-        return meta[f"llama.{key}"]
-
-    if "token_embd.weight" not in header.tensors:
-        raise ValueError(f"{path} lacks the tensor token_embd.weight")
-    num_heads = need("attention.head_count")
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": need("embedding_length"),
-        "num_hidden_layers": need("block_count"),
-        "intermediate_size": need("feed_forward_length"),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": meta.get("llama.attention.head_count_kv", num_heads),
-        "rms_norm_eps": round(need("attention.layer_norm_rms_epsilon"), 12),
-        "vocab_size": header.tensors["token_embd.weight"][0][0],
-        "head_dim": meta.get("llama.attention.key_length", need("embedding_length") // num_heads),
-        "max_position_embeddings": need("context_length"),
-        "rope_theta": meta.get("llama.rope.freq_base", 10000.0),
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
-    }
-    scaling = meta.get("llama.rope.scaling.type", "none")
-    if scaling == "linear":
-        config["rope_scaling"] = {"type": "linear", "factor": need("rope.scaling.factor")}
-    elif scaling != "none":
-        raise ValueError(f"{path} has RoPE scaling {scaling!r}; 'linear' and 'none' can be loaded")
-    return config
-
-
-def _unpermute(rows: mx.array, num_heads: int) -> mx.array:
-    """Put q/k rows back from llama.cpp's interleaved order to halves. Packed rows permute alike."""
-    out = rows.shape[0]
-    return rows.reshape(num_heads, out // num_heads // 2, 2, -1).swapaxes(1, 2).reshape(out, -1)
-
-
-def _rename(raw: dict[str, mx.array], config: dict[str, Any], path: Path) -> dict[str, mx.array]:
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    weights, unknown = {}, []
-    for name, array in raw.items():
-        stem, _, kind = name.rpartition(".")  # kind: weight, scales or biases (of a packed tensor)
-        parts = stem.split(".")
-        if stem == "rope_freqs" or name.endswith("attn_rot_embd.weight"):
-            continue
-        if parts[-1] not in _NAMES or (len(parts) == 3) != (parts[0] == "blk"):
-            unknown.append(name)
-            continue
-        if parts[-1] in heads:
-            array = _unpermute(array, heads[parts[-1]])
-        prefix = f"model.layers.{parts[1]}." if len(parts) == 3 else ""
-        weights[f"{prefix}{_NAMES[parts[-1]]}.{kind}"] = array
-    if unknown:
-        raise ValueError(f"{path} holds tensors a Llama does not have: {', '.join(sorted(unknown))}")
-    return weights
-
-
-def _set_rope_factors(model: Llama, factors: mx.array, config: dict[str, Any]) -> None:
-    """Llama 3.1+: llama.cpp stores the per-frequency divisors themselves."""
-    dims = config["head_dim"]
-    freqs = factors * config["rope_theta"] ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
-    for layer in model.layers:
-        layer.self_attn.rope._freqs = freqs
+Tensor = mx.array | Packed
 
 
 def load_gguf(path: str | Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
@@ -137,32 +40,143 @@ def load_gguf(path: str | Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, 
     """
     path = Path(path)
     header = read_header(path)
-    check_metadata(header, path)
-    config = _config(header, path)
-    raw = _load_tensors(path, header)
-    factors = raw.get("rope_freqs.weight")
-    if factors is not None:  # any values do: they are overwritten by _set_rope_factors
-        config["rope_scaling"] = {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        }  # fmt: skip
-    weights = _rename(raw, config, path)
-    model = Llama(ModelArgs.from_dict(config))
-    nn.quantize(model, group_size=GROUP_SIZE, class_predicate=_packed(weights))
+    meta = Metadata(header, path)
+    family = family_of(meta)
+    config = config_of(meta, family)
+    _check_names(header, family, meta)
+    if not on_gpu():
+        check_fits(path, 4.0 * sum(math.prod(shape) for shape, _ in header.tensors.values()))
+    tokenizer = load_tokenizer(header.metadata, path)
+    tensors = _read(header, path)
+    floats = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, mx.array)}
+    add_factors(config, floats, meta)
+    model, weights = _build(tensors, family, config, meta)
     check_weights(model, weights, str(path))
     model.load_weights(list(weights.items()))
+    factors = floats.get(FACTORS)
     if factors is not None:
-        _set_rope_factors(model, factors, config)
+        divide_frequencies(model, factors, config, meta)
     model.eval()
-    return model, load_tokenizer(header.metadata, path), config
+    return model, tokenizer, config
 
 
-def _packed(weights: dict[str, mx.array]) -> Callable[[str, nn.Module], bool | dict[str, int]]:
-    def predicate(name: str, module: nn.Module) -> bool | dict[str, int]:
-        scales = weights.get(f"{name}.scales")
-        if scales is None:
-            return False
-        bits = weights[f"{name}.weight"].shape[-1] * 32 // (scales.shape[-1] * GROUP_SIZE)
-        return {"bits": bits, "group_size": GROUP_SIZE}
+def _read(header: GGUFHeader, path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(repacked(header, path))
+    for name, (shape, kind) in header.tensors.items():
+        if kind in FLOATS:
+            tensors[name] = read_float(header.places[name], shape, kind)
+        elif kind in NATIVE:
+            tensors[name] = read_packed(header.places[name], shape, kind)
+    return tensors
 
-    return predicate
+
+def _build(
+    tensors: dict[str, Tensor], family: Family, config: dict[str, Any], meta: Metadata
+) -> tuple[nn.Module, dict[str, mx.array]]:
+    """The model, with layers of the kinds that the tensors are packed in, and the weights under its names.
+
+    Raises:
+        ValueError: mlx-lm's model cannot be built from the config.
+    """
+    module = importlib.import_module(f"mlx_lm.models.{family.model_type}")
+    try:
+        model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, IndexError, OverflowError) as error:
+        raise ValueError(
+            f"{meta.path} does not make a model of mlx-lm's {family.model_type}: {error}"
+        ) from None
+    layers = {name for name, layer in model.named_modules() if hasattr(layer, "to_quantized")}
+    formats: dict[str, dict[str, Any]] = {}
+    weights: dict[str, mx.array] = {}
+    for name, tensor in tensors.items():
+        ours = _name(name, family)
+        if ours is None:
+            continue
+        changed = _changed(name, tensor, family, config)
+        owner, _, part = ours.rpartition(".")
+        if isinstance(changed, Packed) and owner in layers and part == "weight":
+            formats[owner] = {"bits": changed.bits, "group_size": GROUP_SIZE, "mode": changed.mode}
+            weights |= {f"{owner}.{each}": array for each, array in changed.parts.items()}
+            continue
+        dense = changed.dense() if isinstance(changed, Packed) else changed
+        weights[ours] = dense
+    if hasattr(model, "sanitize"):
+        weights = model.sanitize(weights)
+    if family.overflows and on_gpu():
+        weights = {name: cast_floating(array, mx.bfloat16) for name, array in weights.items()}
+    nn.quantize(model, group_size=GROUP_SIZE, class_predicate=_predicate(formats))
+    return model, weights
+
+
+def _predicate(formats: dict[str, dict[str, Any]]) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+    return lambda name, _: formats.get(name, False)
+
+
+_UNUSED = (FACTORS, LONG, SHORT)  # settings, and no weights
+
+
+def _check_names(header: GGUFHeader, family: Family, meta: Metadata) -> None:
+    """Check that all tensors are known, before any is read.
+
+    Raises:
+        ValueError: some are not, all by name.
+    """
+    unknown = sorted(name for name in header.tensors if name not in _UNUSED and _known(name, family) is None)
+    if unknown:
+        more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+        raise ValueError(
+            f"{meta.path} holds tensors that mlx-lm's {family.model_type} does not have: "
+            f"{', '.join(unknown[:20])}{more}"
+        )
+
+
+def _known(name: str, family: Family) -> str | None:
+    """What mlx-lm calls a tensor, "" for one that is not needed; None for an unknown one."""
+    stem, _, part = name.rpartition(".")
+    parts = stem.split(".")
+    in_layer = len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal()
+    if in_layer and parts[2] == "attn_rot_embd":
+        return ""
+    ours = family.names.get(parts[-1])
+    if ours is None or part not in ("weight", "bias") or (not in_layer and len(parts) != 1):
+        return None
+    if in_layer == ours.startswith(("model.", "lm_head")):
+        return None
+    prefix = f"model.layers.{parts[1]}." if in_layer else ""
+    bare = ours.endswith(".sinks")  # an array of a module, not the weight of one
+    return f"{prefix}{ours}" if bare else f"{prefix}{ours}.{part}"
+
+
+def _name(name: str, family: Family) -> str | None:
+    return None if name in _UNUSED else _known(name, family) or None
+
+
+def _changed(name: str, tensor: Tensor, family: Family, config: dict[str, Any]) -> Tensor:
+    """A tensor as mlx-lm's model has it: what the converter did to it undone."""
+    stem, _, part = name.rpartition(".")
+    short = stem.split(".")[-1]
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    if family.permuted and short in heads:
+        return _each(tensor, lambda rows: _unpermute(rows, heads[short]))
+    if short.endswith("norm") and family.norm_offset and part == "weight":
+        dense = tensor.dense() if isinstance(tensor, Packed) else tensor
+        return dense.astype(mx.float32) - family.norm_offset
+    if short == "ffn_gate_inp_shexp":  # a row, which the converter may have made a vector
+        return _each(tensor, lambda rows: rows.reshape(1, -1))
+    return tensor
+
+
+def _each(tensor: Tensor, change: Callable[[mx.array], mx.array]) -> Tensor:
+    """Change the rows of a tensor; packed ones lie alike in all their parts."""
+    if isinstance(tensor, mx.array):
+        return change(tensor)
+    biases = None if tensor.biases is None else change(tensor.biases)
+    return replace(tensor, weight=change(tensor.weight), scales=change(tensor.scales), biases=biases)
+
+
+def _unpermute(rows: mx.array, num_heads: int) -> mx.array:
+    """Put q/k rows back from llama.cpp's interleaved order to halves; biases, which have one dimension, likewise."""
+    if rows.shape[0] % (2 * num_heads):
+        return rows  # of another shape than the config's, which is refused by it
+    pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
