@@ -124,13 +124,20 @@ class PromptCache:
         return shared
 
     def store(self, kv: KVCache, tokens: list[int]) -> None:
-        """Leave the cache with exactly the tokens that were given or emitted, also after an interruption."""
+        """Leave the cache with exactly the tokens that were given or emitted, also after an interruption; empty where
+        the next thread could not go on with it.
+        """
         self.in_use = False
         surplus = kv.length - len(tokens)
         if surplus > 0 and not kv.can_trim_to(len(tokens)):
             self.kv, self.tokens = None, []
             return
         kv.trim(max(0, surplus))
+        try:
+            kv.settle()
+        except RuntimeError:  # closed in another thread than the one that read the stream
+            self.kv, self.tokens = None, []
+            return
         self.kv, self.tokens = kv, tokens[: kv.length]
 
 

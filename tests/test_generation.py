@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.toy import VOCAB, make, save_folder
+from tests.toy import VOCAB, make, make_often_right, make_target, save_folder
 
 # isort: split
 import mlx.core as mx
@@ -124,6 +124,40 @@ def test_a_stream_stays_in_its_thread() -> None:
     thread.start()
     thread.join()
     assert errors == ["a stream must be read in one thread: the one in which its first chunk was"]
+
+
+def test_each_turn_in_a_thread_of_its_own() -> None:
+    """The rows that the last step of a turn accepted out of order are moved for the next one, whichever thread has it."""
+    target = make_target()
+    model = Model(target, make_often_right(target))
+    for count in range(2, 9):
+        cache, prompt, found = PromptCache(), list(PROMPT), list[list[int]]()
+
+        def turn(count: int, cache: PromptCache, prompt: list[int], found: list[list[int]]) -> None:
+            found.append(generate(model, prompt, max_tokens=count, draft="8x4@16", cache=cache)[1].token_ids)
+
+        for _ in range(2):
+            thread = threading.Thread(target=turn, args=(count, cache, list(prompt), found))
+            thread.start()
+            thread.join()
+            plain = generate(model, prompt, max_tokens=count, draft="off")[1].token_ids
+            assert found.pop() == plain, count
+            prompt += plain
+
+
+def test_a_stream_closed_in_another_thread_leaves_a_cache_that_serves() -> None:
+    target = make_target()
+    model = Model(target, make_often_right(target))
+    want = generate(model, PROMPT, max_tokens=20, draft="off")[1].token_ids
+    for count in range(1, 8):
+        cache = PromptCache()
+        stream = stream_generate(model, PROMPT, max_tokens=20, draft="8x4@16", cache=cache)
+        tokens = [next(stream).token for _ in range(count)]
+        thread = threading.Thread(target=stream.close)  # type: ignore[attr-defined]
+        thread.start()
+        thread.join()
+        _, stats = generate(model, PROMPT + tokens, max_tokens=20 - count, draft="8x4@16", cache=cache)
+        assert tokens + stats.token_ids == want, count
 
 
 def test_a_target_without_a_tokenizer_ends_at_its_configs_end() -> None:
