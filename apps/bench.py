@@ -115,19 +115,29 @@ def _run(settings: Settings) -> dict[str, Any]:
 
 
 def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )  # fmt: skip
 
     from redrafter_mlx.measure.compare import compare
 
     from .console import stderr
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr()) as progress:
+    console = stderr()
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), MofNCompleteColumn()]
+    if console.width >= 60:
+        columns = [columns[0], BarColumn(), columns[1], TimeRemainingColumn()]
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("prompts", total=len(prompts))
         result = None
         for result in compare(arms, prompts, categories):
             rate = result.ratio("drafted", "plain")[1]
-            progress.update(task, advance=1, description=f"drafted / plain {rate:.2f}")
+            progress.update(task, advance=1, description=f"speed-up {rate:.2f}")
     return result
 
 
@@ -200,19 +210,17 @@ def _divergences(model: Any, sampling: Any, prompts: list[list[int]], result: An
 
 
 def _print_table(result: Any, report: dict[str, Any]) -> None:
-    from rich.table import Table
+    from .console import print_table, stderr
 
-    from .console import stderr
-
-    table = Table(title=f"{report['model']}, {report['dtype']}, {report['chip']}, draft {report['draft']}")
-    for column in ("", "tokens/s", "quartiles", f"speed over {report['speedup_over']}"):
-        table.add_column(column, justify="left" if not column else "right")
+    rows = []
     for name in result.runs:
         low, middle, high = result.rate(name)
         ratio = result.ratio(name, report["speedup_over"])[1]
-        table.add_row(name, f"{middle:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.2f}x")
+        rows.append((name, f"{middle:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.2f}x"))
     console = stderr()
-    console.print(table)
+    title = f"{report['model']}, {report['dtype']}, {report['chip']}, draft {report['draft']}"
+    header = ("", "tokens/s", "quartiles", f"speed over {report['speedup_over']}")
+    print_table(console, title, header, rows)
     differing = report["divergences"]
     ties = sum(each["is_float32_tie"] for each in differing)
     console.print(

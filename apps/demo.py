@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
+from .piped import read_prompt
 
 if TYPE_CHECKING:
     from redrafter_mlx.generation import Chunk, Model
@@ -28,7 +29,9 @@ SHOWN = "4x5@8"
 
 
 def demo(
-    prompt: Annotated[str, typer.Argument(help="What to ask.")] = PROMPTS[0],
+    prompt: Annotated[
+        str | None, typer.Argument(help=f"What to ask; text piped in joins it. Default: {PROMPTS[0]}")
+    ] = None,
     model: opt.ModelOption = opt.DEFAULT_MODEL,
     drafter: opt.DrafterOption = None,
     draft: opt.DraftOption = "auto",
@@ -37,6 +40,9 @@ def demo(
     """Stream an answer with the drafted tokens marked, then compare with plain decoding."""
     opt.check_draft(draft)
     opt.check_max_tokens(max_tokens)
+    if prompt is not None and not prompt.strip():
+        raise ValueError("the prompt is empty: it needs some text")
+    asked = PROMPTS[0] if prompt is None else read_prompt(prompt) or PROMPTS[0]
     if draft == "off":
         raise ValueError("--draft off leaves nothing to compare: give auto, WxL or WxL@N")
     loaded = opt.load_model(model, drafter)
@@ -46,10 +52,11 @@ def demo(
 
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     mark = "in green" if color else "in [brackets]"
-    print(f"\n{prompt}\n(drafted by the drafter and accepted by the target: {mark})\n")
+    print(f"\n{asked}\n(drafted by the drafter and accepted by the target: {mark})\n")
+    # auto may find that drafting does not pay here; the marks are to be seen all the same
     shown = SHOWN if draft == "auto" else draft
-    mark_drafted(stream_generate(loaded, prompt, max_tokens=max_tokens, draft=shown), color)
-    return _compare(loaded, (prompt, *PROMPTS[1:]), [draft, *({shown} - {draft})], max_tokens)
+    mark_drafted(stream_generate(loaded, asked, max_tokens=max_tokens, draft=shown), color)
+    return _compare(loaded, (asked, *PROMPTS[1:]), [draft, *({shown} - {draft})], max_tokens)
 
 
 def mark_drafted(stream: Iterable[Chunk], color: bool) -> None:
@@ -114,22 +121,18 @@ def _divergences(
 
 
 def _table(runs: dict[str, list[Stats]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from redrafter_mlx.stats import Stats
+
+    from .console import print_table, stdout
 
     sums = {way: Stats() for way in runs}
     for way, all_stats in runs.items():
         for stats in all_stats:
             sums[way].add(stats)
-    table, plain = Table(), sums["off"].tokens_per_second
-    for title in ("", "tokens/s", "tokens per step", "speed-up"):
-        table.add_column(title, justify="right" if title else "left")
+    rows, plain = [], sums["off"].tokens_per_second
     for way, total in sums.items():
         rate = total.tokens_per_second
         label = "plain" if way == "off" else f"drafted ({way})"
-        table.add_row(
-            label, f"{rate:.1f}", f"{total.tokens_per_step:.2f}", f"{rate / plain if plain else 0.0:.2f}x"
-        )
-    Console().print(table)
+        speedup = f"{rate / plain if plain else 0.0:.2f}x"
+        rows.append((label, f"{rate:.1f}", f"{total.tokens_per_step:.2f}", speedup))
+    print_table(stdout(), "", ("", "tokens/s", "tokens per step", "speed-up"), rows)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from redrafter_mlx.prompts import Request, read_requests
+from redrafter_mlx.prompts import Request, check_text, read_requests
 
 from . import options as opt
 from .console import GaveUpNote, note_missing_drafter
+from .piped import note_if_ignored, read_prompt
 
 if TYPE_CHECKING:
     from redrafter_mlx.generation import Chunk, Model, Options
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 
 def generate(  # noqa: PLR0913  (typer: one argument per option)
     prompt: Annotated[
-        str | None, typer.Argument(help="What to ask; - or nothing reads standard input.")
+        str | None,
+        typer.Argument(
+            help="What to ask; text piped in joins it (cat FILE | redrafter generate 'explain'). "
+            "- or nothing: the piped text alone.",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -63,21 +68,26 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
 
 
 def _requests(prompt: str | None, prompts: Path | None) -> list[Request]:
-    """The prompt given, standard input, or the file's prompts."""
+    """The prompt given with what is piped in, or the file's prompts."""
     if prompts is not None:
         if prompt is not None:
             raise ValueError(f"give a prompt or --prompts {prompts}, not both")
-        return read_requests(prompts)
-    if prompt is None and sys.stdin.isatty():
-        raise ValueError("no prompt: give one as argument, with --prompts FILE, or on standard input")
-    if prompt is None or prompt == "-":
-        prompt = sys.stdin.read().removesuffix("\n")
-    if not prompt.strip():
+        requests = read_requests(prompts)
+        note_if_ignored(f"the prompts come from {prompts}")
+        return requests
+    if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty: it needs some text")
-    return [Request(0, prompt)]
+    asked = read_prompt(prompt)
+    if asked is None:
+        raise ValueError("no prompt: give one as argument, with --prompts FILE, or on standard input")
+    if not asked.strip():
+        raise ValueError("the prompt is empty: it needs some text")
+    return [Request(0, asked)]
 
 
 def _check(requests: Sequence[Request], raw: bool, system: str | None) -> None:
+    if system is not None:
+        check_text(system, "--system")
     if raw and system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out")
     for index, request in enumerate(requests):

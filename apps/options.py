@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from redrafter_mlx.prompts import check_text
+
 if TYPE_CHECKING:
     from redrafter_mlx import Model
     from redrafter_mlx.generation import Options
@@ -93,6 +95,8 @@ def generation_options(  # noqa: PLR0913  (the options of every command that wri
     """
     check_draft(draft)
     check_max_tokens(max_tokens)
+    for text in stop or ():
+        check_text(text, "--stop")
     from redrafter_mlx import Sampling
     from redrafter_mlx.generation import Options
 

@@ -117,31 +117,22 @@ def _measured(
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from .console import stderr
+    from .console import print_table, stderr
 
     console, widths, lengths = stderr(), report["widths"], report["lengths"]
-    rows = Table(title="one target forward over n rows")
-    rows.add_column("n")
-    rows.add_column("ms", justify="right")
-    rows.add_column("of a plain step", justify="right")
     plain = report["rows_ms"][1]
-    for n, ms in report["rows_ms"].items():
-        rows.add_row(str(n), f"{ms:.1f}", f"{ms / plain:.2f}")
-    console.print(rows)
+    rows = [(str(n), f"{ms:.1f}", f"{ms / plain:.2f}") for n, ms in report["rows_ms"].items()]
+    print_table(console, "one target forward over n rows", ("n", "ms", "of a plain step"), rows)
     for key, title in (
         ("measured_by_shape", "measured speed-up, width x length"),
         ("predicted_by_shape", "predicted speed-up, width x length"),
     ):
         if key in report:
-            grid = Table(title=title)
-            grid.add_column("width")
-            for length in lengths:
-                grid.add_column(f"L={length}", justify="right")
-            for width in widths:
-                grid.add_row(str(width), *(f"{report[key][f'{width}x{length}']:.2f}" for length in lengths))
-            console.print(grid)
+            grid = [
+                (str(width), *(f"{report[key][f'{width}x{length}']:.2f}" for length in lengths))
+                for width in widths
+            ]
+            print_table(console, title, ("width", *(f"L={length}" for length in lengths)), grid)
     console.print(report["advice"])
 
 

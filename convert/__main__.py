@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from redrafter_mlx import (
+    process,
+)  # first, for Ctrl-C during the imports; and it loads a faster BLAS before mlx
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path
 from typing import NoReturn
-
-import redrafter_mlx  # loads a faster BLAS before mlx  # noqa: F401
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -145,15 +148,12 @@ def _run_target(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns 0 on success and 2 after a mistake of the user or in a file."""
-    try:
+
+    def command() -> int:
         _run(_parser().parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return process.run(command, interrupted="interrupted, nothing was written")
 
 
 if __name__ == "__main__":
