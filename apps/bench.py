@@ -16,7 +16,15 @@ import typer
 
 from redrafter_mlx.prompts import read_requests
 
-from .options import DEFAULT_MODEL, DrafterOption, DraftOption, ModelOption, check_draft, load_model
+from .options import (
+    DEFAULT_MODEL,
+    DrafterOption,
+    DraftOption,
+    LookupOption,
+    ModelOption,
+    check_draft,
+    load_model,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,7 @@ class Settings:
 
     model: str
     drafter: str | None
+    lookup: bool
     draft: str
     prompts: Path | None
     limit: int | None
@@ -41,6 +50,7 @@ class Settings:
 def bench(  # noqa: PLR0913  (typer: one argument per option)
     model: ModelOption = DEFAULT_MODEL,
     drafter: DrafterOption = None,
+    lookup: LookupOption = True,
     draft: DraftOption = "auto",
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL of prompts; MT-bench's 80 first turns by default.")
@@ -73,8 +83,8 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
     if out is not None:
         check_writable(out, "--out")
     settings = Settings(
-        model, drafter, check_draft(draft), prompts, limit, max_tokens, temperature, top_p, seed, draft_model, context,
-        mlx_lm, profile,
+        model, drafter, lookup, check_draft(draft), prompts, limit, max_tokens, temperature, top_p, seed, draft_model,
+        context, mlx_lm, profile,
     )  # fmt: skip
     line = json.dumps(_run(settings))
     print(line, flush=True)  # first of all: whatever happens to the file, what took minutes is not lost
@@ -89,8 +99,8 @@ def _run(settings: Settings) -> dict[str, Any]:
     from redrafter_mlx.measure.profile import ops_per_step, profile
 
     sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
-    model = load_model(settings.model, settings.drafter)
-    if model.drafter is None and settings.draft != "off":
+    model = load_model(settings.model, settings.drafter, settings.lookup)
+    if model.drafter is None and model.lookup is None and settings.draft != "off":
         raise ValueError(f"{model.target.name} has no drafter to measure: give one with --drafter")
     requests = spread(read_requests(settings.prompts or MT_BENCH), settings.limit)
     prompts = encoded(model, requests, settings.context)
@@ -158,7 +168,8 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         **machine(),
         "model": settings.model,
         "dtype": str(model.target.dtype).removeprefix("mlx.core."),
-        "drafter": settings.drafter or "default",
+        "drafter": settings.drafter or ("default" if model.drafter is not None else None),
+        "lookup": model.lookup is not None,
         "draft": settings.draft,
         "temperature": settings.temperature,
         "prompts": len(plain),
@@ -175,6 +186,8 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         "speedup_total_time": round(result.total("drafted") / result.total(base), 4),
         "tokens_per_step": round(drafted.tokens_per_step, 4),
         "efficiency": round(speedup[1] / drafted.tokens_per_step, 4),
+        "drafted_by_source": drafted.drafted_by_source,
+        "accepted_by_source": drafted.accepted_by_source,
         "accepted_by_depth": [round(share, 4) for share in drafted.acceptance],
         "identical": all(
             a.token_ids == b.token_ids for a, b in zip(plain, result.runs["drafted"], strict=True)
@@ -223,6 +236,9 @@ def _print_table(result: Any, report: dict[str, Any]) -> None:
     print_table(console, title, header, rows)
     differing = report["divergences"]
     ties = sum(each["is_float32_tie"] for each in differing)
+    for source, count in report["accepted_by_source"].items():
+        rows_of = report["drafted_by_source"][source]
+        console.print(f"{source}: {count} of {rows_of} drafted tokens accepted")
     console.print(
         f"tokens per step {report['tokens_per_step']:.2f}, rows {report['rows_per_step']:.1f}, identical: "
         + (f"no ({len(differing)} differ, {ties} by a tie)" if differing else "yes")

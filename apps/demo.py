@@ -34,6 +34,7 @@ def demo(
     ] = None,
     model: opt.ModelOption = opt.DEFAULT_MODEL,
     drafter: opt.DrafterOption = None,
+    lookup: opt.LookupOption = True,
     draft: opt.DraftOption = "auto",
     max_tokens: opt.MaxTokensOption = 64,
 ) -> int:
@@ -45,30 +46,46 @@ def demo(
     asked = PROMPTS[0] if prompt is None else read_prompt(prompt) or PROMPTS[0]
     if draft == "off":
         raise ValueError("--draft off leaves nothing to compare: give auto, WxL or WxL@N")
-    loaded = opt.load_model(model, drafter)
-    if loaded.drafter is None:
+    loaded = opt.load_model(model, drafter, lookup)
+    if loaded.drafter is None and loaded.lookup is None:
         raise ValueError(f"--model {model} comes without a drafter: give one with --drafter")
     from redrafter_mlx import stream_generate
 
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    mark = "in green" if color else "in [brackets]"
-    print(f"\n{asked}\n(drafted by the drafter and accepted by the target: {mark})\n")
+    print(f"\n{asked}\n(accepted by the target: {legend(loaded, color)})\n")
     # auto may find that drafting does not pay here; the marks are to be seen all the same
     shown = SHOWN if draft == "auto" else draft
     mark_drafted(stream_generate(loaded, asked, max_tokens=max_tokens, draft=shown), color)
     return _compare(loaded, (asked, *PROMPTS[1:]), [draft, *({shown} - {draft})], max_tokens)
 
 
+def legend(model: Model, color: bool) -> str:
+    """What the marks mean."""
+    parts = []
+    if model.drafter is not None:
+        parts.append(f"drafted by the drafter {'in green' if color else 'in [brackets]'}")
+    if model.lookup is not None:
+        parts.append(f"looked up in the text {'in cyan' if color else 'in {braces}'}")
+    return ", ".join(parts)
+
+
 def mark_drafted(stream: Iterable[Chunk], color: bool) -> None:
-    """Print a stream with its runs of accepted draft tokens between marks."""
-    begin, end = ("\x1b[32m", "\x1b[0m") if color else ("[", "]")
-    inside = False
+    """Print a stream with its runs of accepted draft tokens between marks, by what drafted them."""
+    source = None
     for chunk in stream:
-        if chunk.text and chunk.from_draft != inside:
-            print(begin if chunk.from_draft else end, end="")
-            inside = chunk.from_draft
+        if chunk.text and chunk.source != source:
+            print(_marks(source, color)[1] + _marks(chunk.source, color)[0], end="")
+            source = chunk.source
         print(chunk.text, end="", flush=True)
-    print(end if inside else "", end="\n\n", flush=True)
+    print(_marks(source, color)[1], end="\n\n", flush=True)
+
+
+def _marks(source: str | None, color: bool) -> tuple[str, str]:
+    if source is None:
+        return "", ""
+    if color:
+        return ("\x1b[36m" if source == "lookup" else "\x1b[32m"), "\x1b[0m"
+    return ("{", "}") if source == "lookup" else ("[", "]")
 
 
 def _compare(model: Model, prompts: tuple[str, ...], drafts: list[str], max_tokens: int) -> int:

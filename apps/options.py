@@ -22,8 +22,14 @@ ModelOption = Annotated[
 DrafterOption = Annotated[
     str | None,
     typer.Option(
-        "--drafter", help="Drafter folder or Hugging Face id; none: no drafter. Default: the model's own."
+        "--drafter",
+        help="Drafter folder or Hugging Face id; lookup: only what is looked up in the text; none: no drafts. "
+        "Default: the model's own.",
     ),
+]
+LookupOption = Annotated[
+    bool,
+    typer.Option("--lookup/--no-lookup", help="Also draft what has stood in the text before."),
 ]
 DraftOption = Annotated[
     str,
@@ -128,8 +134,8 @@ def check_max_tokens(max_tokens: int) -> int:
     return max_tokens
 
 
-def load_model(model: str, drafter: str | None) -> Model:
-    """Load the target and the drafter that the two options name.
+def load_model(model: str, drafter: str | None, lookup: bool = True) -> Model:
+    """Load the target and the drafters that the options name.
 
     Freed memory is kept from here on: the process is a command of ours, so nobody else's malloc is changed.
     """
@@ -137,4 +143,4 @@ def load_model(model: str, drafter: str | None) -> Model:
     from redrafter_mlx.kernels import keep_freed_memory
 
     keep_freed_memory()
-    return redrafter_mlx.load(model, drafter)
+    return redrafter_mlx.load(model, drafter, lookup=lookup)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DEFAULT_MODEL, DrafterOption, ModelOption, load_model
+from .options import DEFAULT_MODEL, DrafterOption, LookupOption, ModelOption, load_model
 
 WIDTHS = (1, 2, 3, 4, 8)
 LENGTHS = (2, 3, 4, 5)
@@ -24,6 +24,7 @@ BUDGETS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 def tune(  # noqa: PLR0913  (typer: one argument per option)
     model: ModelOption = DEFAULT_MODEL,
     drafter: DrafterOption = None,
+    lookup: LookupOption = True,
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL of prompts; some of MT-bench's by default.")
     ] = None,
@@ -49,9 +50,12 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
     if plot is not None:
         check_writable(plot, "--plot")
         _check_matplotlib()
-    loaded = load_model(model, drafter)
+    loaded = load_model(model, drafter, lookup)
     if loaded.drafter is None:
-        raise ValueError(f"tune needs a drafter, and {loaded.target.name} has none: give --drafter")
+        raise ValueError(
+            f"tune needs a drafter, and {loaded.target.name} has none: give --drafter, or see what lookup alone brings "
+            "with redrafter bench"
+        )
     console = stderr()
     console.print("measuring what a verified row and a draft cost", style="dim")
     table = cost_table(loaded.target, loaded.drafter, fresh=True, on_measure=lambda: None)

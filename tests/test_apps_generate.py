@@ -230,9 +230,16 @@ def test_marks_stand_around_runs_of_drafted_text(capsys: pytest.CaptureFixture[s
     from redrafter_mlx.generation import Chunk
     from redrafter_mlx.stats import Stats
 
-    pieces = [("I", False), (" am", True), ("", False), (" here", True), (" now", False)]
-    chunks = [Chunk(text, 0, drafted, None, Stats()) for text, drafted in pieces]
+    pieces = [
+        ("I", None),
+        (" am", "recurrent"),
+        ("", None),
+        (" here", "recurrent"),
+        (" now", None),
+        ("!", "lookup"),
+    ]
+    chunks = [Chunk(text, 0, source, None, Stats()) for text, source in pieces]
     mark_drafted(iter(chunks), color=False)
-    assert capsys.readouterr().out == "I[ am here] now\n\n"
+    assert capsys.readouterr().out == "I[ am here] now{!}\n\n"
     mark_drafted(iter(chunks), color=True)
-    assert capsys.readouterr().out == "I\x1b[32m am here\x1b[0m now\n\n"
+    assert capsys.readouterr().out == "I\x1b[32m am here\x1b[0m now\x1b[36m!\x1b[0m\n\n"

@@ -154,7 +154,9 @@ def test_a_text_that_repeats_itself_takes_fewer_steps() -> None:
         layer.mlp.down_proj.weight *= 0
     inner.embed_tokens.weight = mx.eye(target.vocab_size, target.hidden_size) + 0.0
     vocab = target.hidden_size  # tokens that have a direction of their own
-    target.model.lm_head.weight = mx.roll(inner.embed_tokens.weight[:vocab], 1, axis=0)
+    target.model.lm_head.weight = mx.concatenate(
+        [inner.embed_tokens.weight[vocab - 1 : vocab], inner.embed_tokens.weight[: vocab - 1]]
+    )
     model = Model(Target(target.model, "successor", None), lookup=Lookup())
     _, stats = generate(model, [3, 4, 5], max_tokens=4 * vocab, draft="1x8")
     assert stats.token_ids == [(6 + index) % vocab for index in range(4 * vocab)]

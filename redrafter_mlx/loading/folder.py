@@ -114,19 +114,6 @@ def _check_memory(folder: Path, config: dict[str, Any]) -> None:
     check_fits(folder, needed)
 
 
-def check_fits(path: Path, needed: float) -> None:
-    """Check that a target whose weights take `needed` bytes in float32 fits into this process.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if needed > memory_bytes():
-        raise ValueError(
-            f"{path} is too large for this CPU: dequantized to float32 its weights take about "
-            f"{needed / 1e9:.1f} GB, and this process may use {memory_bytes() / 1e9:.1f} GB"
-        )
-
-
 def map_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """The model by mlx-lm, its weights mapped and not read yet; and the config as mlx-lm has completed it.
 
