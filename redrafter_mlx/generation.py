@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ from .tree import MAX_NODES, Beam
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_log = logging.getLogger("redrafter_mlx")
 
 RESERVED_TOKENS = 4096  # KV cache allocated at once for an answer; longer ones grow it in blocks
 
@@ -164,9 +167,15 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
             f"draft={str(draft)!r} needs a drafter, and {model.target.name} was loaded without one"
         )
     if draft == "auto":
-        if model.learned is None:
-            with model.lock:
+        with model.lock:
+            if model.learned is None:
                 model.learned = Learned(cost_table(model.target, drafter))
+            elif model.learned.is_stale:
+                _log.warning(
+                    "steps take other times than were measured before: measuring again (some seconds)"
+                )
+                table = cost_table(model.target, drafter, fresh=True, on_measure=lambda: None)
+                model.learned = Learned(table)
         return Auto(model.learned, greedy, drafter)
     beam = draft if isinstance(draft, Beam) else Beam.parse(draft)
     if drafter is None:

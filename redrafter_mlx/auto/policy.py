@@ -66,6 +66,12 @@ class AutoSettings:
     """Accepted nodes per depth that must be seen before the evidence outweighs them."""
     margin: float = 1.05
     """Drafting must beat plain decoding by this: the prediction is no better than its table."""
+    ratios_kept: int = 32
+    """Steps whose seconds are held against the table."""
+    ratios_needed: int = 8
+    """Plain and drafted steps that must have been seen before the table is judged."""
+    stale: float = 1.3
+    """Drafted steps this much slower or faster than the table says, beside plain ones: it is measured again."""
     first_margins: tuple[float, float] = (0.9, 1.0)
     """The same after one and two trials: these rest on a few steps, so only what is hopeless ends there."""
 
@@ -137,10 +143,31 @@ class Learned:
     """greedy? -> what was learned there"""
     gave_up: bool = False
     """True once drafting was found not to pay"""
+    plain_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=DEFAULTS.ratios_kept))
+    """seconds of the last plain steps over those of the table"""
+    drafted_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=DEFAULTS.ratios_kept))
+    """the same of drafted steps"""
 
     def __post_init__(self) -> None:
         self.verify = self.table.verify_seconds()
         self.modes = {greedy: AcceptanceModel(self.settings) for greedy in (True, False)}
+
+    @property
+    def is_stale(self) -> bool:
+        """True where steps take times so different from the table's that it must have been measured in a busy minute:
+        drafted ones against plain ones, since a machine that is slower for both changes nothing.
+        """
+        few = min(len(self.plain_ratios), len(self.drafted_ratios)) < DEFAULTS.ratios_needed
+        if few:
+            return False
+        ratio = float(np.median(self.drafted_ratios) / np.median(self.plain_ratios))
+        return not 1 / DEFAULTS.stale < ratio < DEFAULTS.stale
+
+    def note_step(self, nodes: int, seconds: float, beside: float) -> None:
+        """Compare a whole step with the table: `beside` are the seconds of the table for all but the verification."""
+        known = self.table.verify_seconds()[nodes] + beside
+        (self.plain_ratios if nodes == 1 else self.drafted_ratios).append(seconds / known)
+        self.note_time(nodes, seconds - beside)
 
     def note_time(self, nodes: int, seconds: float) -> None:
         """Move C(nodes) towards the time taken, and all others half as far: most of a change is the machine's.
@@ -223,14 +250,12 @@ class Auto(Policy):
             model.lookups.append(found)
         if beam is None or outcome.candidates is None:
             model.plain_left = max(0, model.plain_left - 1)
-            if outcome.nodes <= 1:
-                self.learned.note_time(1, outcome.seconds)
-            else:
-                self.learned.note_time(outcome.nodes, outcome.seconds - self.learned.table.waiting)
+            waiting = self.learned.table.waiting if outcome.nodes > 1 else 0.0
+            self.learned.note_step(max(1, outcome.nodes), outcome.seconds, waiting)
             return
         assert beam.nodes is not None
         draft_seconds = self.learned.table.draft_seconds(beam.width, beam.length)
-        self.learned.note_time(outcome.nodes or beam.nodes, outcome.seconds - draft_seconds)
+        self.learned.note_step(outcome.nodes or beam.nodes, outcome.seconds, draft_seconds)
         # verified with the tree, so there is nothing to wait for; level by level, as a beam search lays it out
         logprobs = np.array(outcome.candidates.logprobs)
         verified = logprobs.argsort()[::-1][: beam.nodes - 1]

@@ -43,6 +43,10 @@ class CostTable:
     """width -> seconds of every further level; both are empty where there is no drafter"""
     waiting: float = 0.0
     """extra seconds of a step that waits for the text to be known, so that drafts can be looked up in it"""
+    unrest: float = 1.0
+    """how much slower than the fastest samples the middle ones were when this was measured"""
+    attempts: int = 1
+    """times it was measured, for its unrest"""
 
     def verify_seconds(self) -> np.ndarray:
         """C(n) for n = 0 ... MAX_NODES, straight lines between measured n; C(0) = 0."""
@@ -67,7 +71,8 @@ class CostTable:
         """The table as JSON values."""
         names = ("rows", "first_level", "per_level")
         parts = {name: {str(k): v for k, v in getattr(self, name).items()} for name in names}
-        return {"version": VERSION, **parts, "waiting": self.waiting}
+        others = {"waiting": self.waiting, "unrest": self.unrest, "attempts": self.attempts}
+        return {"version": VERSION, **parts, **others}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CostTable:
@@ -81,14 +86,16 @@ class CostTable:
         names = ("rows", "first_level", "per_level")
         parts = [{int(k): float(v) for k, v in values[name].items()} for name in names]
         rows, widths = parts[0], set(parts[1])
-        waiting = float(values["waiting"])
-        if not all(math.isfinite(v) for v in [waiting, *(v for part in parts for v in part.values())]):
+        waiting, unrest, attempts = float(values["waiting"]), float(values["unrest"]), int(values["attempts"])
+        if not all(
+            math.isfinite(v) for v in [waiting, unrest, *(v for part in parts for v in part.values())]
+        ):
             raise ValueError("seconds that are no numbers")
         if widths != set(parts[2]) or 1 not in rows or min(rows.values()) <= 0:
             raise ValueError("parts are missing")
         if not all(1 <= number <= MAX_NODES for part in parts for number in part):
             raise ValueError("rows or widths out of range")
-        return cls(parts[0], parts[1], parts[2], max(0.0, waiting))
+        return cls(parts[0], parts[1], parts[2], max(0.0, waiting), unrest, attempts)
 
 
 def keep_table(table: CostTable, path: Path) -> None:
