@@ -3,6 +3,7 @@
 By default on tiny models of every family; with --model on a real one. Every prompt is decoded plainly, then drafted
 with a random drafter, with one that is often right (the model's own where it has one), and with an adversary: its
 candidates are a mixture of the right tokens and wrong ones, with equal siblings everywhere and made-up probabilities.
+And with what is looked up in the text: alone, merged with the drafter's, and lies merged with the adversary's.
 Float32; greedy, T = 0.7 with filters, T = 1, and penalties. A difference is explained where the target's two best
 tokens lie closer than rounding: then both of their scores are shown.
 Run: python -m benchmarks.equality_drafters [--tokens 100000] [--model M] [--results F]. Exit 1 on any unexplained
@@ -27,6 +28,7 @@ import numpy as np
 
 from redrafter_mlx.decode import Text, decode, prefill
 from redrafter_mlx.drafters.interface import Drafter, Seen
+from redrafter_mlx.drafters.lookup import HitRates, Lookup, Offer, TextLookup
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.files import new_file
 from redrafter_mlx.generation import encode
@@ -88,11 +90,41 @@ class Adversary(RecurrentDrafter):
         )
 
 
-def decoded(case: Case, drafter: Drafter | None, draft: str, sampling: rd.Sampling) -> tuple[list[int], int]:
+class LyingLookup(Lookup):
+    """Finds made-up trees of tokens of the text, siblings with equal tokens included, and is sure of them."""
+
+    def start(self, tokens: Sequence[int], greedy: bool = True) -> TextLookup:
+        return _Lies(tokens, self.rates[greedy], self.phrase_rates[greedy])
+
+
+class _Lies(TextLookup):
+    def __init__(self, tokens: Sequence[int], rates: HitRates, phrase_rates: HitRates) -> None:
+        super().__init__(tokens, rates, phrase_rates)
+        self._said, self._rng = list(tokens), np.random.default_rng(len(tokens))
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        self._said += tokens
+
+    def offer(self, beam: Beam) -> Offer | None:
+        size = int(self._rng.integers(0, 12))
+        parents = [int(self._rng.integers(-1, index)) if index else -1 for index in range(size)]
+        depths: list[int] = []
+        for parent in parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        tokens = [self._said[int(at)] for at in self._rng.integers(0, len(self._said), size)]
+        probs = [0.95**depth for depth in depths]
+        return Offer(tokens, parents, probs, max(depths)) if size else None
+
+
+def decoded(
+    case: Case, drafter: Drafter | None, draft: str, sampling: rd.Sampling, lookup: Lookup | None = None
+) -> tuple[list[int], int]:
     """The text, and how many draft tokens were accepted in it."""
     policy = Off() if draft == "off" else Fixed(Beam.parse(draft))
     cache = case.target.new_cache()
-    text = Text(case.target, drafter, cache, policy, sampling, case.prompt, max_tokens=case.length)
+    text = Text(
+        case.target, drafter, cache, policy, sampling, case.prompt, lookup=lookup, max_tokens=case.length
+    )
     tokens = [prefill(case.target, text, case.prompt)]
     for gained in decode(case.target, text):
         tokens += gained
@@ -146,15 +178,20 @@ class Count:
         """Decode a case with one setting plainly and with every drafter, and note where the texts part."""
         sampling, target, turn = SETTINGS[setting], case.target, self.rounds
         plain, _ = decoded(case, None, "off", sampling)
-        drafters: dict[str, Drafter] = {
-            "random": make_drafter(target, seed=turn, head="factored"),
-            "often right": case.often_right,
-            "adversary": adversary(target, [*case.prompt, *plain], turn),
+        liar = adversary(target, [*case.prompt, *plain], turn)
+        drafters: dict[str, tuple[Drafter | None, Lookup | None]] = {
+            "random": (make_drafter(target, seed=turn, head="factored"), None),
+            "often right": (case.often_right, None),
+            "adversary": (liar, None),
+            "lookup": (None, Lookup()),
+            "often right, lookup": (case.often_right, Lookup()),
+            "adversary, lying lookup": (liar, LyingLookup()),
         }
-        for number, (kind, drafter) in enumerate(drafters.items()):
-            drafter.attach(target)  # the others may have made it watch other layers
+        for number, (kind, (drafter, lookup)) in enumerate(drafters.items()):
+            if drafter is not None:
+                drafter.attach(target)  # the others may have made it watch other layers
             draft = DRAFTS[(turn + number) % len(DRAFTS)]
-            mine, accepted = decoded(case, drafter, draft, sampling)
+            mine, accepted = decoded(case, drafter, draft, sampling, lookup)
             self.tokens, self.accepted = self.tokens + len(mine), self.accepted + accepted
             found = divergence(target, sampling, case.prompt, plain, mine)
             if found is not None:

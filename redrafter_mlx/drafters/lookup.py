@@ -30,8 +30,25 @@ MOST_PHRASES = 4096
 
 # Shares of right guesses by match length 1, 2, ..., measured on the default model's answers to MT-bench (greedy, and
 # at T = 1); they begin every model's figures with the weight of a few observations.
-_PRIOR_GREEDY = (0.22, 0.5, 0.62, 0.7, 0.76, 0.8, 0.83, 0.86, 0.87, 0.88, 0.89, 0.9, 0.91, 0.92, 0.93, 0.94)
-_PRIOR_SAMPLING = (0.1, 0.25, 0.35, 0.42, 0.47, 0.5, 0.53, 0.56, 0.58, 0.6, 0.62, 0.64, 0.66, 0.68, 0.7, 0.72)
+_PRIOR_GREEDY = (
+    0.22,
+    0.52,
+    0.63,
+    0.71,
+    0.79,
+    0.81,
+    0.86,
+    0.87,
+    0.87,
+    0.87,
+    0.87,
+    0.88,
+    0.9,
+    0.92,
+    0.94,
+    0.98,
+)
+_PRIOR_SAMPLING = (0.11, 0.3, 0.38, 0.48, 0.5, 0.54, 0.61, 0.65, 0.68, 0.7, 0.72, 0.74, 0.76, 0.78, 0.8, 0.85)
 _PRIOR_WEIGHT = 4.0
 _PRIOR_PHRASE = 0.2
 _MEMORY = 0.995
