@@ -37,6 +37,7 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     model: opt.ModelOption = opt.DEFAULT_MODEL,
     drafter: opt.DrafterOption = None,
     lookup: opt.LookupOption = True,
+    history: opt.HistoryOption = None,
     draft: opt.DraftOption = "auto",
     max_tokens: opt.MaxTokensOption = 256,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -58,7 +59,7 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     requests = _requests(prompt, prompts)
     _check(requests, raw, system)
     options = opt.generation_options(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
-    loaded = opt.load_model(model, drafter, lookup)
+    loaded = opt.load_model(model, drafter, lookup, history)
     streams = _streams(loaded, requests, replace(options, raw=raw), system)
     note_missing_drafter(loaded, draft, drafter)
     write, gave_up, all_stats = _write_json if as_json else _write_text, GaveUpNote(loaded), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +26,13 @@ DrafterOption = Annotated[
         "--drafter",
         help="Drafter folder or Hugging Face id; lookup: only what is looked up in the text; none: no drafts. "
         "Default: the model's own.",
+    ),
+]
+HistoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--history",
+        help="Keep the tokens of prompts and answers in this folder (at most 200,000), to draft from later.",
     ),
 ]
 LookupOption = Annotated[
@@ -134,7 +142,7 @@ def check_max_tokens(max_tokens: int) -> int:
     return max_tokens
 
 
-def load_model(model: str, drafter: str | None, lookup: bool = True) -> Model:
+def load_model(model: str, drafter: str | None, lookup: bool = True, history: Path | None = None) -> Model:
     """Load the target and the drafters that the options name.
 
     Freed memory is kept from here on: the process is a command of ours, so nobody else's malloc is changed.
@@ -143,4 +151,4 @@ def load_model(model: str, drafter: str | None, lookup: bool = True) -> Model:
     from redrafter_mlx.kernels import keep_freed_memory
 
     keep_freed_memory()
-    return redrafter_mlx.load(model, drafter, lookup=lookup)
+    return redrafter_mlx.load(model, drafter, lookup=lookup, history=history)

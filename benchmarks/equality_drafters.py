@@ -28,7 +28,7 @@ import numpy as np
 
 from redrafter_mlx.decode import Text, decode, prefill
 from redrafter_mlx.drafters.interface import Drafter, Seen
-from redrafter_mlx.drafters.lookup import HitRates, Lookup, Offer, TextLookup
+from redrafter_mlx.drafters.lookup import Lookup, Offer, Rates, TextLookup
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.files import new_file
 from redrafter_mlx.generation import encode
@@ -94,12 +94,12 @@ class LyingLookup(Lookup):
     """Finds made-up trees of tokens of the text, siblings with equal tokens included, and is sure of them."""
 
     def start(self, tokens: Sequence[int], greedy: bool = True) -> TextLookup:
-        return _Lies(tokens, self.rates[greedy], self.phrase_rates[greedy])
+        return _Lies(tokens, self.rates[greedy])
 
 
 class _Lies(TextLookup):
-    def __init__(self, tokens: Sequence[int], rates: HitRates, phrase_rates: HitRates) -> None:
-        super().__init__(tokens, rates, phrase_rates)
+    def __init__(self, tokens: Sequence[int], rates: Rates) -> None:
+        super().__init__(tokens, rates)
         self._said, self._rng = list(tokens), np.random.default_rng(len(tokens))
 
     def keep(self, tokens: Sequence[int]) -> None:

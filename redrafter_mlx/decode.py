@@ -187,7 +187,7 @@ class Text:
         offer = self._offer
         if offer is not None:
             nodes = self.policy.rows(self._beam, offer.probs)
-            looked_up = offer.candidates()
+            looked_up = offer.candidates(to_merge=draft is not None)
             if draft is None:
                 return looked_up, min(nodes, 1 + looked_up.num_candidates)
             return merge(looked_up, draft.candidates), max(2, nodes)

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from .auto import Auto, Learned, cost_table
 from .decode import Text, decode, prefill
+from .drafters.history import History
 from .drafters.interface import Drafter, Seen
 from .drafters.lookup import Lookup
 from .policy import Fixed, Off, Policy
@@ -300,8 +301,18 @@ def _stream(
         with _wired(model):
             yield from run.chunks(prompt[reused:])
     finally:
+        said = [*prompt, *stats.token_ids]
         with model.lock:
-            cache.store(kv, [*prompt, *stats.token_ids])
+            cache.store(kv, said)
+            if model.lookup is not None and model.lookup.history is not None:
+                _remember(model.lookup.history, said)
+
+
+def _remember(history: History, tokens: list[int]) -> None:
+    try:
+        history.add(tokens)
+    except OSError as error:  # the answer is there all the same
+        _log.warning("the text could not be kept in %s: %s", history.path, error)
 
 
 class _Run:

@@ -30,7 +30,7 @@ def test_path_probabilities_are_products_of_measured_shares() -> None:
     lookup = Lookup()
     text = lookup.start([1, 2, 3, 4, 9, 2, 3])
     offer = text.offer(Beam(1, 3))
-    share = lookup.rates[True].share
+    share = lookup.rates[True].text.share
     assert offer is not None and offer.probs == pytest.approx([share(2), share(2) * share(3)])
 
 
@@ -47,20 +47,20 @@ def test_two_continuations_share_their_beginning() -> None:
 def test_what_is_improbable_is_not_followed() -> None:
     lookup = Lookup()
     for _ in range(3000):
-        lookup.rates[True].observe(1, False)
-    assert lookup.rates[True].share(1) < LEAST_PROB
+        lookup.rates[True].text.observe(1, False)
+    assert lookup.rates[True].text.share(1) < LEAST_PROB
     assert lookup.start([3, 8, 3]).offer(Beam(1, 4)) is None
 
 
 def test_hits_are_counted_by_the_length_of_the_match_that_foretold_them() -> None:
     lookup = Lookup()
-    before = [lookup.rates[True].share(length) for length in range(1, 17)]
+    before = [lookup.rates[True].text.share(length) for length in range(1, 17)]
     text = lookup.start([1, 2, 3, 4, 5, 1])
     text.keep([2, 3, 9])  # 2 and 3 were foretold after matches of 1 and 2 tokens, 9 was not after one of 3
-    after = [lookup.rates[True].share(length) for length in range(1, 17)]
+    after = [lookup.rates[True].text.share(length) for length in range(1, 17)]
     assert after[0] > before[0] and after[1] > before[1] and after[2] < before[2]
     assert after[3:] == before[3:]
-    sampling = lookup.rates[False]
+    sampling = lookup.rates[False].text
     assert sampling.share(1) == HitRates(sampling.prior).share(1), "kept apart for greedy and sampling"
 
 
@@ -98,7 +98,7 @@ class Lying(Lookup):
     """Offers random trees, siblings with equal tokens included, sure of each."""
 
     def start(self, tokens: Sequence[int], greedy: bool = True) -> TextLookup:
-        return _Lies(tokens, self.rates[greedy], self.phrase_rates[greedy])
+        return _Lies(tokens, self.rates[greedy])
 
 
 class _Lies(TextLookup):
@@ -168,5 +168,5 @@ def test_lookup_shares_one_figure_between_texts() -> None:
     lookup = Lookup()
     model = model_of(3, False, lookup)
     generate(model, [3, 4, 5], max_tokens=100, draft="1x4")
-    assert max(lookup.rates[True].seen) > 5
+    assert max(lookup.rates[True].text.seen) > 5
     mx.eval(model.target.model.parameters())

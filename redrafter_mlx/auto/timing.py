@@ -140,7 +140,7 @@ class _Repeating(Lookup):
     """Finds the same in every step."""
 
     def start(self, tokens: Sequence[int], greedy: bool = True) -> TextLookup:
-        return _RepeatingText(tokens, self.rates[greedy], self.phrase_rates[greedy])
+        return _RepeatingText(tokens, self.rates[greedy])
 
 
 class _RepeatingText(TextLookup):

@@ -19,7 +19,8 @@ import mlx.core as mx
 
 from redrafter_mlx.tree import NEVER, Beam, Candidates
 
-from .suffixes import Match, SuffixIndex
+from .history import History
+from .suffixes import LONGEST, Match, SuffixIndex
 
 SIZES = (4, 8, 16, 32, 64)
 """An offer is filled up to one of these, so that a GPU compiles for few shapes."""
@@ -93,14 +94,14 @@ class Offer:
     """of the path from the root"""
     height: int
 
-    def candidates(self) -> Candidates:
-        """The same on the device, filled up with candidates that are not offered."""
+    def candidates(self, to_merge: bool = False) -> Candidates:
+        """The same on the device, filled up with candidates that are not offered but for a chain by itself, which is
+        cut to the rows that are verified, whatever its length.
+        """
         count = len(self.tokens)
-        fill = next(size for size in SIZES if size >= count) - count
         last = count - 1
-        is_chain = all(parent == index - 1 for index, parent in enumerate(self.parents))
-        if is_chain:
-            fill = 0  # a chain is cut to the rows that are verified, whatever its length
+        is_chain = not to_merge and all(parent == index - 1 for index, parent in enumerate(self.parents))
+        fill = 0 if is_chain else next(size for size in SIZES if size >= count) - count
         probs = mx.log(mx.array(self.probs, dtype=mx.float32))
         return Candidates(
             mx.array(self.tokens + [0] * fill, dtype=mx.int32),
@@ -111,47 +112,76 @@ class Offer:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What was measured in greedy decoding, or in sampling: acceptance differs between the two."""
+
+    text: HitRates
+    """of matches in the text itself"""
+    history: HitRates
+    """of matches in earlier texts"""
+    phrases: HitRates
+    """of phrases over rejected rows, of any length"""
+
+    @classmethod
+    def of(cls, prior: Sequence[float]) -> Rates:
+        """Before anything was seen."""
+        return cls(HitRates(prior), HitRates(prior), HitRates((_PRIOR_PHRASE,)))
+
+
 class Lookup:
-    """The drafter, one a model: what it has measured is shared by all texts."""
+    """The drafter, one a model: what it has measured is shared by all texts.
+
+    Args:
+        history: earlier texts, in which is looked up too.
+    """
 
     source = "lookup"
 
-    def __init__(self) -> None:
-        self.rates = {True: HitRates(_PRIOR_GREEDY), False: HitRates(_PRIOR_SAMPLING)}
-        """greedy? -> by match length; acceptance differs between the two"""
-        self.phrase_rates = {greedy: HitRates((_PRIOR_PHRASE,)) for greedy in (True, False)}
-        """the same for phrases, of any length"""
+    def __init__(self, history: History | None = None) -> None:
+        self.rates = {True: Rates.of(_PRIOR_GREEDY), False: Rates.of(_PRIOR_SAMPLING)}
+        """greedy? -> what was measured"""
+        self.history = history
 
     def start(self, tokens: Sequence[int], greedy: bool = True) -> TextLookup:
         """Begin a text: `tokens` are its prompt."""
-        return TextLookup(tokens, self.rates[greedy], self.phrase_rates[greedy])
+        return TextLookup(tokens, self.rates[greedy], None if self.history is None else self.history.index)
 
 
 class TextLookup:
     """What is looked up for one text."""
 
-    def __init__(self, tokens: Sequence[int], rates: HitRates, phrase_rates: HitRates) -> None:
-        self._index = SuffixIndex(tokens)
-        self._rates, self._phrase_rates = rates, phrase_rates
+    def __init__(self, tokens: Sequence[int], rates: Rates, history: SuffixIndex | None = None) -> None:
+        self._index, self._rates = SuffixIndex(tokens), rates
+        self._places = [(self._index, rates.text)]
+        if history is not None:
+            self._places.append((history, rates.history))
         self._phrases: OrderedDict[int, list[int]] = OrderedDict()
         self._phrase: list[int] = []  # the rest of the phrase that the text is in
-        self._match = self._best()
+        self._found = self._matches()
 
-    def _best(self) -> Match | None:
-        found = self._index.matches()
-        return found[0] if found else None
+    def _matches(self) -> list[tuple[Match, SuffixIndex, HitRates]]:
+        """Where the text's end has stood before, the likeliest first."""
+        found = []
+        for index, rates in self._places:
+            end = None if index is self._index else self._index.tokens[-LONGEST:]
+            found += [(match, index, rates) for match in index.matches(end)]
+        if len(self._places) > 1:
+            found.sort(key=lambda each: -each[2].share(each[0].length))
+        return found
 
     def keep(self, tokens: Sequence[int]) -> None:
         """Take note of tokens that were committed, and of what was guessed for each."""
         for token in tokens:
-            if self._match is not None:
-                guess = self._index.continuation(self._match, 1)
-                self._rates.observe(self._match.length, guess == [token])
+            for _, rates in self._places:
+                best = next((each for each in self._found if each[2] is rates), None)
+                if best is not None:
+                    rates.observe(best[0].length, best[1].continuation(best[0], 1) == [token])
             if self._phrase:
-                self._phrase_rates.observe(1, self._phrase[0] == token)
+                self._rates.phrases.observe(1, self._phrase[0] == token)
             self._index.extend((token,))
             self._phrase = self._phrases.get(token, [])
-            self._match = self._best()
+            self._found = self._matches()
 
     def learn(self, phrase: Sequence[int]) -> None:
         """Keep a phrase that the target wrote over rejected rows: its first token, and what followed.
@@ -169,14 +199,14 @@ class TextLookup:
     def offer(self, beam: Beam) -> Offer | None:
         """Up to W continuations of L - 1 tokens, equal beginnings shared; None where nothing was found."""
         paths = _Paths()
-        for match in self._index.matches():
-            tokens = self._index.continuation(match, beam.length - 1)
-            paths.add(tokens, [self._rates.share(match.length + depth) for depth in range(len(tokens))])
+        for match, index, rates in self._found:
+            tokens = index.continuation(match, beam.length - 1)
+            paths.add(tokens, [rates.share(match.length + depth) for depth in range(len(tokens))])
             if paths.count == beam.width:
                 break
         if paths.count < beam.width:
             tokens = self._phrase[: beam.length - 1]
-            paths.add(tokens, [self._phrase_rates.share(1)] * len(tokens))
+            paths.add(tokens, [self._rates.phrases.share(1)] * len(tokens))
         return paths.offer()
 
 

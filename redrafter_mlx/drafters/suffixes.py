@@ -6,7 +6,7 @@ and nothing is scanned again. A match found through the longest n-gram is then e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ORDERS = (4, 2, 1)
@@ -62,7 +62,10 @@ class SuffixIndex:
         self._begin = len(self.tokens)
 
     def continuation(self, match: Match, count: int) -> list[int]:
-        """Up to `count` tokens that followed a match. What repeats itself up to the text's end goes on repeating."""
+        """Up to `count` tokens that followed a match, fewer where the text there ended.
+
+        What the current text repeats up to its end goes on repeating.
+        """
         found = self.tokens[match.end : match.end + count]
         if END in found:
             return found[: found.index(END)]
@@ -71,20 +74,26 @@ class SuffixIndex:
             found.append(found[-period])
         return found
 
-    def matches(self) -> list[Match]:
-        """Earlier places whose tokens are those at the end of the text: longest match first, then the latest place."""
+    def matches(self, end: Sequence[int] | None = None) -> list[Match]:
+        """Places whose tokens are those at the end of a text: longest match first, then the latest place.
+
+        Args:
+            end: the last tokens of another text; the current one by default, of which earlier places are found.
+        """
         text, size = self.tokens, len(self.tokens)
-        longest = min(LONGEST, size - self._begin)
+        sought = text[max(self._begin, size - LONGEST) :] if end is None else end[-LONGEST:]
         found: list[Match] = []
         for k, n in enumerate(ORDERS):
-            if size - self._begin < n:
+            if len(sought) < n:
                 continue
-            place = self._before[k][size - 1]
+            key = sought[-1] if n == 1 else tuple(sought[-n:])
+            place = self._before[k][size - 1] if end is None else self._last[k].get(key, 0)
             while place and len(found) < MOST_PLACES:
                 length = n
-                while length < min(longest, place) and text[place - length - 1] == text[size - length - 1]:
+                while length < min(len(sought), place) and text[place - length - 1] == sought[-length - 1]:
                     length += 1
-                found.append(Match(place, length))
+                if place < size:
+                    found.append(Match(place, length))
                 place = self._before[k][place - 1]
             if found:
                 break

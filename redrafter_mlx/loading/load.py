@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model
 
 from redrafter_mlx.device import on_gpu
+from redrafter_mlx.drafters.history import History
 from redrafter_mlx.drafters.interface import Drafter
 from redrafter_mlx.drafters.kinds import load_drafter
 from redrafter_mlx.drafters.lookup import Lookup
@@ -41,6 +42,7 @@ def load(
     drafter: str | Path | None = None,
     *,
     lookup: bool = True,
+    history: str | Path | None = None,
     dtype: str | None = None,
     revision: str | None = None,
 ) -> Model:
@@ -52,6 +54,8 @@ def load(
             drafts at all. By default the one shipped for the default model, or a `drafter` folder inside a local
             target's folder.
         lookup: also draft what has stood in the text before.
+        history: folder in which the tokens of prompts and answers are kept between runs (at most 200,000), to be looked
+            up in as well. By default nothing is kept.
         dtype: "float32", "float16" or "bfloat16" for weights that are not quantized. Default: as stored on a GPU,
             float32 on the CPU.
         revision: of a Hugging Face id.
@@ -77,9 +81,12 @@ def load(
     folder = _drafter_folder(str(target), drafter)
     loaded = None if folder is None else _attached(folder, wrapped)
     looks_up = lookup and str(drafter) != "none"
+    if history is not None and not looks_up:
+        raise ValueError(f"history {str(history)!r} is looked up in, and looking up was turned off")
+    past = None if history is None else History(Path(history).expanduser(), wrapped.name, wrapped.vocab_size)
     if looks_up and loaded is None:
         wrapped.check_tree()
-    return Model(wrapped, loaded, tokenizer, frozenset(ends), lookup=Lookup() if looks_up else None)
+    return Model(wrapped, loaded, tokenizer, frozenset(ends), lookup=Lookup(past) if looks_up else None)
 
 
 def _attached(folder: Path, target: Target) -> Drafter:
