@@ -124,10 +124,10 @@ class Candidates:
         return self.tokens.shape[0]
 
     def best(self, nodes: int | None) -> np.ndarray:
-        """Indices of the `nodes` - 1 most probable candidates, best first; None: of all that are offered."""
+        """Indices of the `nodes` - 1 most probable candidates that are offered, best first; None: of all."""
         logprobs = np.array(self.logprobs)
-        order = np.argsort(-_rank_key(logprobs), kind="stable")
-        return order[: int((logprobs > NEVER / 2).sum()) if nodes is None else nodes - 1]
+        order = np.argsort(-_rank_key(logprobs), kind="stable")[: int((logprobs > NEVER / 2).sum())]
+        return order if nodes is None else order[: nodes - 1]
 
     def num_matching(self, text: Sequence[int], nodes: int | None = None) -> int:
         """How many tokens of `text` are found along a path among the `nodes` - 1 most probable candidates.
