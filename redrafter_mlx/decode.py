@@ -204,9 +204,8 @@ class Text:
         have = 0 if shared is None else shared.shape[0]
         if height + 1 <= have:
             return shared
-        first = self.cache.length + 1 + have
-        ahead = first + mx.arange(height + 1 - have, dtype=mx.int32)
-        more = self.sampler.noise(ahead, first, height + 1 - have)
+        first = self.cache.length + 1
+        more = self.sampler.noise(first + mx.arange(have, height + 1, dtype=mx.int32), first, height + 1)
         return more if shared is None or more is None else mx.concatenate([shared, more])
 
     def accept(self, verified: Verified) -> None:

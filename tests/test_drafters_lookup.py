@@ -126,7 +126,7 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize("lookup", [Lookup, Lying])
 @pytest.mark.parametrize("with_drafter", [False, True])
-@pytest.mark.parametrize("draft", ["auto", "3x4@6", "2x3", "1x6"])
+@pytest.mark.parametrize("draft", ["auto", "3x4@6", "2x3", "1x6", "1x2"])
 def test_text_is_that_of_plain_decoding(lookup: type[Lookup], with_drafter: bool, draft: str) -> None:
     model = model_of(1, with_drafter, lookup())
     prompt = [3, 4, 5, 6, 3, 4]

@@ -36,6 +36,7 @@ class PositionNoise:
 
     def at(self, positions: mx.array, low: int, high: int) -> mx.array:
         """Noise of positions (L,) int32, which lie in low ... high - 1; `low` never falls. -> (L, V)"""
+        assert self._rows is None or low >= self._first, "rows that the text has passed are freed"
         if self._rows is None:
             self._first, self._rows = low, self._make(low, high)
         end = self._first + self._rows.shape[0]
