@@ -1,7 +1,7 @@
 """Drafters: theirs to ours (`convert_drafter`) and recurrent ones of ours to Apple's (`export_drafter`).
 
 Of a recurrent drafter the sizes come from the tensors: configs of other tools lack the vocabulary or count
-the residual blocks wrongly. Speculators are read by `speculator`.
+the residual blocks wrongly. Drafters of other kinds are read by `published`.
 
 Letters: H hidden size, X exit_dim, V vocabulary, N residual blocks (num_draft_layers).
 """
@@ -20,12 +20,12 @@ from mlx_lm.utils import dequantize_model
 
 from redrafter_mlx.drafters.kinds import WEIGHTS, load_drafter, load_recurrent, save_drafter
 from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig, RecurrentDrafter, changed, full_head
-from redrafter_mlx.drafters.speculator import Speculator
 from redrafter_mlx.files import cast_floating, check_weights, named_weights, read_json
 from redrafter_mlx.loading.load import load
 from redrafter_mlx.target import Target
 
 from .names import SETTINGS, Named, translate
+from .published import Source, read_published
 from .source import (
     Report,
     Tensor,
@@ -37,7 +37,6 @@ from .source import (
     output_folder,
     read_weights,
 )
-from .speculator import build_speculator, is_speculator, read_speculator
 
 _NEVER = -1e4  # logit of a token outside a reduced vocabulary; fits float16, and exp(-1e4) is 0
 
@@ -72,7 +71,7 @@ def read_drafter(path: Path) -> DrafterSource:
         raise ValueError(
             f"{where} is not a recurrent drafter in a dialect known here: {len(named.unknown)} of "
             f"its tensors have names that no drafter has ({listed}). Known: Apple's, "
-            "TensorRT-LLM's, ModelOpt's, and speculators with their config (docs/converting.md)"
+            "TensorRT-LLM's, ModelOpt's; speculators, Medusa's and Hydra's heads (docs/converting.md)"
         )
     tensors = {ours: weights.tensors[theirs] for ours, theirs in named.ours.items()}
     sizes = _sizes(tensors, where)
@@ -183,23 +182,23 @@ def convert_drafter(source: str, out: Path, options: DrafterOptions, report: Rep
     """Write the drafter at `source` as a folder that `redrafter_mlx.load_drafter` loads.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_drafter`, `read_speculator` and `build_speculator`; or it does
-            not fit the target. `out` is left as it was.
+        FileNotFoundError, ValueError: see `read_drafter` and `published.Source.build`; or it does not fit the
+            target. `out` is left as it was.
     """
     check_output(out, options.force)
     path = locate(source, "drafter")
-    if is_speculator(path):
-        drafter: RecurrentDrafter | Speculator = _speculator(path, options, report)
-    else:
-        drafter = _recurrent(path, options, report)
-    if options.target is not None:
-        target = _load_target(options.target)
+    found = read_published(path)
+    recurrent = _recurrent(path, options, report) if found is None else None
+    target = None if options.target is None else _load_target(options.target)
+    drafter: Any = recurrent if found is None else _published(found, target, options, report)
+    if target is not None:
         drafter.attach(target)
         made_for = {"name": target.name, "hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
-        if isinstance(drafter, RecurrentDrafter):
-            drafter.config = changed(drafter.config, embedding_scale=target.embedding_scale, target=made_for)
+        if recurrent is not None:
+            made = changed(recurrent.config, embedding_scale=target.embedding_scale, target=made_for)
         else:
-            drafter.config = replace(drafter.config, target=made_for)
+            made = replace(drafter.config, target=made_for)
+        drafter.config = made
     with output_folder(out, options.force) as part:
         save_drafter(drafter, part)
         load_drafter(part)
@@ -216,16 +215,15 @@ def _recurrent(path: Path, options: DrafterOptions, report: Report) -> Recurrent
     return drafter
 
 
-def _speculator(path: Path, options: DrafterOptions, report: Report) -> Speculator:
+def _published(found: Source, target: Target | None, options: DrafterOptions, report: Report) -> Any:
     if options.activation != "silu":
         raise ValueError(
-            f"--activation {options.activation} is for recurrent drafters, and {path} is a speculator"
+            f"--activation {options.activation} is for recurrent drafters, and {found.where} holds: {found.kind}"
         )
-    found = read_speculator(path)
     report(f"{found.where}: {found.kind}, {found.container}")
     for note in found.notes:
         report(note)
-    drafter = build_speculator(found)
+    drafter = found.build(target)
     drafter.load_weights(list(_cast(named_weights(drafter), dtype_of(options.dtype)).items()))
     return drafter
 

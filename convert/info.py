@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig
 from redrafter_mlx.drafters.speculator import SpeculatorConfig
@@ -14,8 +16,9 @@ from redrafter_mlx.loading.gguf import read_header
 
 from .drafter import DrafterSource, read_drafter
 from .names import translate
+from .published import CONFIGS, Source, described, read_published
 from .source import Tensor, dtype_name, locate, read_weights
-from .speculator import SpeculatorSource, is_ours, is_speculator, read_speculator
+from .speculator import is_ours
 
 
 def describe(source: str) -> dict[str, str]:
@@ -33,10 +36,11 @@ def describe(source: str) -> dict[str, str]:
         config = read_json(folder / "config.json")
     if config.get("model_type") == MODEL_TYPE and "head" in config:
         return _ours(folder)
-    if is_ours(config):
-        return _our_speculator(folder)
-    if is_speculator(path):
-        return _speculator(read_speculator(path))
+    kind = str(config.get("model_type"))
+    if kind in CONFIGS and (kind != SpeculatorConfig.model_type or is_ours(config)):
+        return _our_other(folder, CONFIGS[kind])
+    if (found := read_published(path)) is not None:
+        return _published(found)
     weights = read_weights(path)
     named = translate(sorted(weights.tensors))
     if not named.unknown:
@@ -112,35 +116,26 @@ def _ours(folder: Path) -> dict[str, str]:
     return _lines(described, weights.tensors.values(), unknown=unknown)
 
 
-def _speculator_sizes(config: SpeculatorConfig) -> dict[str, str]:
-    return {
-        "hidden size": str(config.hidden_size),
-        "inner size": str(config.inner_size),
-        "vocabulary": str(config.vocab_size),
-        "method": config.method,
-        "drafts": f"up to {config.n_predict} tokens: beam length {config.n_predict + 1}, the root counted",
-        "stages share weights": "yes" if config.tie_weights else "no",
-        "normalizes its input": "yes" if config.scale_input else "no",
-        "made for": str(config.target.get("name", "not recorded")),
-    }
+def _published(found: Source) -> dict[str, str]:
+    described_as = {"kind": found.kind, "files": found.container, **described(found.values)}
+    return _lines(described_as, found.tensors.values(), notes=found.notes)
 
 
-def _speculator(found: SpeculatorSource) -> dict[str, str]:
-    described = {"kind": found.kind, "files": found.container, **_speculator_sizes(found.config)}
-    return _lines(described, found.tensors.values(), notes=found.notes)
-
-
-def _our_speculator(folder: Path) -> dict[str, str]:
+def _our_other(folder: Path, made: Any) -> dict[str, str]:
+    """A folder of ours that holds no recurrent drafter; `made` is its config's class."""
     where = folder / "config.json"
-    config, unknown = SpeculatorConfig.from_dict(read_json(where), str(where))
+    config, unknown = made.from_dict(read_json(where), str(where))
     weights = read_weights(folder)
-    described = {
-        "kind": "speculator of redrafter-mlx; loads as it is",
+    described_as = {
+        "kind": f"{_KINDS[made.model_type]} of redrafter-mlx; loads as it is",
         "files": weights.container,
-        **_speculator_sizes(config),
+        **described({each.name: getattr(config, each.name) for each in fields(config)}),
         "quantization": json.dumps(config.quantization),
     }
-    return _lines(described, weights.tensors.values(), unknown=unknown)
+    return _lines(described_as, weights.tensors.values(), unknown=unknown)
+
+
+_KINDS = {"mlp_speculator": "speculator", "medusa_heads": "Medusa heads", "hydra_heads": "Hydra heads"}
 
 
 def _gguf(path: Path) -> dict[str, str]:

@@ -48,6 +48,12 @@ _TEXT_FILES = (
 )  # fmt: skip
 
 
+_DRAFTERS = ("drafter.", "medusa_head.")
+"""What the names of a drafter's tensors begin with, in the checkpoint of its target: ModelOpt's and Medusa-2's."""
+
+_DRAFTER_KEYS = ("redrafter", "medusa_num_heads", "medusa_num_layers")
+
+
 @dataclass(frozen=True, slots=True)
 class TargetOptions:
     """How to write a target. `bits` 0: not quantized anew."""
@@ -147,7 +153,7 @@ def _open_folder(folder: Path, scratch: Path, report: Report) -> TargetSource:
 def _holds_drafter(files: list[Path]) -> bool:
     """Also checks that no file is cut short: mlx-lm would not notice."""
     names = [name for file in files for name in read_safetensors(file)]
-    return any(name.startswith("drafter.") for name in names)
+    return any(name.startswith(_DRAFTERS) for name in names)
 
 
 def _stage(folder: Path, weights: list[Path], scratch: Path, report: Report) -> None:
@@ -157,11 +163,11 @@ def _stage(folder: Path, weights: list[Path], scratch: Path, report: Report) -> 
             shutil.copyfile(file, scratch / file.name)
     settings = scratch / "config.json"
     config = read_json(settings)
-    config.pop("redrafter", None)
+    config = {key: value for key, value in config.items() if key not in _DRAFTER_KEYS}
     settings.write_text(json.dumps(config))
     left_out = 0
     for number, (file, tensors) in enumerate(tensor_files(folder, weights)):
-        arrays = {name: as_array(t) for name, t in tensors.items() if not name.startswith("drafter.")}
+        arrays = {name: as_array(t) for name, t in tensors.items() if not name.startswith(_DRAFTERS)}
         left_out += len(tensors) - len(arrays)
         report(f"reading {file.name}")
         if arrays:
