@@ -46,7 +46,12 @@ _TEXT_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*",
     "merges.txt", "*.tiktoken", "generation_config.json",
 )  # fmt: skip
-_DRAFTER = "drafter."  # how ModelOpt's names of a drafter's tensors begin
+
+
+_DRAFTERS = ("drafter.", "medusa_head.")
+"""What the names of a drafter's tensors begin with, in the checkpoint of its target: ModelOpt's and Medusa-2's."""
+
+_DRAFTER_KEYS = ("redrafter", "medusa_num_heads", "medusa_num_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,7 @@ def _open_gguf(path: Path) -> TargetSource:
 def _open_folder(folder: Path, scratch: Path, report: Report) -> TargetSource:
     """Stage the folder in `scratch` as mlx-lm reads it, and map that."""
     config = read_json(folder / "config.json")
-    config.pop("redrafter", None)  # a drafter's settings, beside the model's
+    config = {key: value for key, value in config.items() if key not in _DRAFTER_KEYS}
     (scratch / "config.json").write_text(json.dumps(config))
     if (quantized := folder / "hf_quant_config.json").is_file():
         (scratch / quantized.name).write_text(json.dumps(read_json(quantized)))
@@ -147,7 +152,7 @@ def _open_folder(folder: Path, scratch: Path, report: Report) -> TargetSource:
         found |= _stage(file, scratch / f"model-{number:05d}.safetensors")
     if absent := sorted(listed - found):
         raise ValueError(f"{folder}: its index names tensors that its shards lack: {shortened(absent)}")
-    if drafters := sum(name.startswith(_DRAFTER) for name in found):
+    if drafters := sum(name.startswith(_DRAFTERS) for name in found):
         report(f"{drafters} tensors of a drafter are left out; `redrafter-convert drafter` takes those")
     try:
         model, config = map_model(scratch, read_config(scratch))
@@ -181,13 +186,13 @@ def _stage(file: Path, staged: Path) -> set[str]:
     if file.suffix == ".safetensors":
         _check_finite_files([file], str(file))
         arrays = read_safetensors(file)
-        if not any(name.startswith(_DRAFTER) for name in arrays):
+        if not any(name.startswith(_DRAFTERS) for name in arrays):
             staged.symlink_to(file.resolve())
             return set(arrays)
     else:
         arrays = {name: as_array(tensor) for name, tensor in read_torch(file).items()}
         check_finite(arrays, str(file))
-    kept = {name: array for name, array in arrays.items() if not name.startswith(_DRAFTER)}
+    kept = {name: array for name, array in arrays.items() if not name.startswith(_DRAFTERS)}
     if kept:
         write_safetensors(staged, kept, {"format": "mlx"})
     return set(arrays)

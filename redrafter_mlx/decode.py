@@ -22,7 +22,7 @@ from typing import cast
 import mlx.core as mx
 
 from .accept import Acceptance, accept
-from .drafters.interface import Drafter, Seen
+from .drafters.interface import Drafter, RowReader, Rows, Seen, TextDrafter
 from .drafters.lookup import Lookup, Offer, TextLookup
 from .policy import Outcome, Policy
 from .sampling import Sampler, Sampling
@@ -51,6 +51,32 @@ def decode(target: Target, text: Text) -> Iterator[list[int]]:
     yield text.flush()
 
 
+def begin_text(drafter: Drafter, cache: KVCache, prompt: Sequence[int]) -> TextDrafter:
+    """The drafter at work on a text. One that reads all committed rows goes on where it left off with this cache."""
+    if not drafter.needs_rows:
+        return drafter.start(prompt)
+    reader = _reader(drafter, cache)
+    if reader is None:
+        reader = cast(RowReader, drafter.start(prompt))
+        cache.followers.append(reader)
+    return reader
+
+
+def rows_shown(drafter: Drafter | None, cache: KVCache) -> int:
+    """Positions of `cache` from which a text with this drafter can go on: those whose rows it has been shown, if it
+    reads them. What follows them must be processed again.
+    """
+    if drafter is None or not drafter.needs_rows:
+        return cache.length
+    reader = _reader(drafter, cache)
+    return 0 if reader is None else min(reader.shown, cache.length)
+
+
+def _reader(drafter: Drafter, cache: KVCache) -> RowReader | None:
+    readers = (each for each in cache.followers if getattr(each, "drafter", None) is drafter)
+    return cast("RowReader | None", next(readers, None))
+
+
 def prefill(target: Target, text: Text, prompt: Sequence[int], block: int = PREFILL_BLOCK) -> int:
     """Process what the cache does not hold of the prompt, in blocks; returns the first token the target chose."""
     tokens = mx.array(list(prompt), dtype=mx.int32)
@@ -58,10 +84,13 @@ def prefill(target: Target, text: Text, prompt: Sequence[int], block: int = PREF
     # alone, as in mlx-lm.
     body = len(prompt) - 1 if len(prompt) > SHORT_PROMPT else 0
     for start in range(0, body, block):
-        target.extend(tokens[start : min(start + block, body)], text.cache)
+        part = tokens[start : min(start + block, body)]
+        text.show(target.extend(part, text.cache).run, part)
         mx.eval(text.cache.arrays())
         mx.clear_cache()
-    text.begin(target.extend(tokens[body:], text.cache))
+    verified = target.extend(tokens[body:], text.cache)
+    text.show(verified.run, tokens[body:])
+    text.begin(verified)
     first = text.root
     if not text.is_drafting and text.needs_step:  # a plain step runs while the host looks at the first token
         text.accept(target.verify(text.tree(), text.cache))
@@ -116,7 +145,8 @@ class Text:
         """(C,) of the last committed token"""
         self.sources: list[str] = []
         """what drafted each of the last step's accepted tokens"""
-        self._drafter = None if drafter is None else drafter.start(prompt)
+        self._drafter = None if drafter is None else begin_text(drafter, cache, prompt)
+        self._reader = cast(RowReader, self._drafter) if drafter is not None and drafter.needs_rows else None
         self._source = "" if drafter is None else drafter.source
         self._drafts_late = drafter is not None and drafter.needs_text
         self._lookup: TextLookup | None = None
@@ -218,6 +248,7 @@ class Text:
             self.cache.commit(1)
             self.root, self.context = token[0], verified.contexts[0]
             mx.async_eval(token)
+            self.show(verified.contexts, self._tree.tokens)
             self._unread.append(token)
             self.queue_draft(mx.array(position, dtype=mx.int32), position, unread=len(self._unread))
             return
@@ -225,8 +256,17 @@ class Text:
         found = self._found = accept(self._tree, choice)
         mx.async_eval(found.summary)  # apart from the draft, so that the host need not wait for that too
         self.root, self.context = found.next_token, verified.contexts[found.last]
+        if self._reader is not None:
+            path = found.path
+            rows = verified.contexts[path], self._tree.tokens[path]
+            self._reader.observe(Rows(*rows, self.cache.length, found.num_accepted + 1))
         position = self.cache.length + 1
         self.queue_draft(found.num_accepted + position, position, self._tree.height)
+
+    def show(self, contexts: mx.array | None, tokens: mx.array) -> None:
+        """Show the last rows that the cache has committed, (n, C) and (n,), to a drafter that reads all of them."""
+        if self._reader is not None and contexts is not None:
+            self._reader.observe(Rows(contexts, tokens, self.cache.length - tokens.shape[0]))
 
     def queue_draft(self, position: mx.array, low: int, slack: int = 0, unread: int = 0) -> None:
         """Queue the draft of what follows `root`, which stands at `position` () int32, low ... low + slack.

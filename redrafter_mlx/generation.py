@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .auto import Auto, Learned, cost_table
-from .decode import Text, decode, prefill
+from .decode import Text, decode, prefill, rows_shown
 from .drafters.history import History
 from .drafters.interface import Drafter, Seen
 from .drafters.lookup import Lookup
@@ -108,10 +108,11 @@ class PromptCache:
         if self.kv is not None and self.kv.bits != kv_bits:
             raise ValueError(f"cache has kv_bits {self.kv.bits}, asked for {kv_bits}")
 
-    def reuse(self, prompt: Sequence[int]) -> int:
+    def reuse(self, prompt: Sequence[int], drafter: Drafter | None = None) -> int:
         """Cut the cache back to the longest prefix it shares with `prompt`; returns that prefix's length.
 
-        At least one prompt token is left to process: the drafter needs the hidden state of the last one.
+        At least one prompt token is left to process: the drafter needs the hidden state of the last one. One that reads
+        the rows of all positions needs those it has not been shown, because it was off in an earlier turn, once more.
         """
         if self.kv is None:
             return 0
@@ -120,6 +121,7 @@ class PromptCache:
             if mine != theirs:
                 break
             shared += 1
+        shared = min(shared, rows_shown(drafter, self.kv))
         if not self.kv.can_trim_to(shared):
             self.kv, self.tokens = None, []
             return 0
@@ -286,12 +288,13 @@ def _stream(
 ) -> Iterator[Chunk]:
     cache.check(model.target, options.kv_bits)  # again: another stream may have begun since
     cache.in_use, cache.target = True, model.target
-    reused = cache.reuse(prompt)
+    drafter = None if isinstance(policy, Off) else model.drafter
+    reused = cache.reuse(prompt, drafter)
     with model.lock:
         kv = cache.kv or model.target.new_cache(options.kv_bits)
     kv.reserve(len(prompt) + min(options.max_tokens, RESERVED_TOKENS) + MAX_NODES)
     text = Text(
-        model.target, model.drafter, kv, policy, options.sampling, prompt,
+        model.target, drafter, kv, policy, options.sampling, prompt,
         lookup=model.lookup, max_tokens=options.max_tokens, ends=model.eos_token_ids,
     )  # fmt: skip
     stats = text.stats

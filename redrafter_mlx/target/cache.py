@@ -14,7 +14,7 @@ Letters: N rows of a forward, T committed positions, D head size, H key/value he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 from weakref import proxy
 
 import mlx.core as mx
@@ -136,6 +136,16 @@ class LayerCache:
         return [*(self.keys or ()), *(self.values or ())]
 
 
+class Follower(Protocol):
+    """What else is known of the committed positions, and must not outlast them."""
+
+    def trim(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+
+    def settle(self) -> None:
+        """As `KVCache.settle`."""
+
+
 class KVCache:
     """The caches of all layers and the one number they share: `length`, the committed positions."""
 
@@ -151,6 +161,8 @@ class KVCache:
         self.reserved = 0
         self.tree: TokenTree | None = None
         self.positions: int | mx.array = 0
+        self.followers: list[Follower] = []
+        """cut back with the cache, and gone with it"""
         self.layers = [LayerCache(self, window) for window in windows]
 
     @classmethod
@@ -221,6 +233,8 @@ class KVCache:
             raise ValueError(f"cannot go back to {length} positions: a sliding window has dropped them")
         self.length = length
         self.tree, self.positions = None, length
+        for follower in self.followers:
+            follower.trim(length)
 
     def can_trim_to(self, length: int) -> bool:
         """True where the sliding windows still hold what position `length` needs."""
@@ -237,6 +251,8 @@ class KVCache:
             RuntimeError: another thread did.
         """
         mx.async_eval(self.arrays())
+        for follower in self.followers:
+            follower.settle()
 
     def arrays(self) -> list[mx.array]:
         """Every buffer, to be evaluated together."""

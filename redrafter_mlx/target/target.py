@@ -33,6 +33,8 @@ class Verified:
     """(N, C): final-norm hidden state, then the `context_layers`, RMS-normalized"""
     logits: mx.array
     """(N, V)"""
+    run: mx.array | None = None
+    """(n, C) contexts of all rows of a run of text, where the others are of its last row"""
 
 
 class Target:
@@ -117,10 +119,11 @@ class Target:
         return Verified(self._contexts()[0], logits)
 
     def extend(self, tokens: mx.array, cache: KVCache) -> Verified:
-        """One forward over a run of text (n,), which is committed; results of its last row only, (1, ...)."""
+        """One forward over a run of text (n,), which is committed; results of its last row, (1, ...), and `run`."""
         cache.begin(None)
         logits = self.model(tokens[None], cache=cache.layers)[0, -1:]
-        verified = Verified(self._contexts()[0, -1:], logits)
+        contexts = self._contexts()[0]
+        verified = Verified(contexts[-1:], logits, contexts)
         cache.commit(tokens.shape[0])
         return verified
 
