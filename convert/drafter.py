@@ -153,12 +153,21 @@ def _sizes(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
 def _without_padding(
     tensors: dict[str, Tensor], sizes: dict[str, Any], vocab: Any
 ) -> tuple[dict[str, Tensor], int]:
-    """Cut the output matrix to the vocabulary: TensorRT-LLM pads it to a multiple of its ranks."""
-    surplus = sizes["vocab_size"] - vocab if isinstance(vocab, int) else 0
+    """Cut the output matrix to the vocabulary: TensorRT-LLM pads it with zeros to a multiple of its ranks.
+
+    Raises:
+        ValueError: what would be cut off are weights.
+    """
+    surplus = sizes["vocab_size"] - vocab if type(vocab) is int and vocab > 0 else 0
     if surplus <= 0:
         return tensors, 0
     name = f"lm_head.{sizes['num_draft_layers']}.weight"
-    return {**tensors, name: as_array(tensors[name])[:vocab]}, surplus
+    rows = as_array(tensors[name])
+    if mx.any(rows[vocab:] != 0).item():
+        raise ValueError(
+            f"config.json says vocab_size {vocab}, and {name} has {len(rows)} rows, of which those after are no padding"
+        )
+    return {**tensors, name: rows[:vocab]}, surplus
 
 
 def _check_floating(tensors: dict[str, Tensor], where: str) -> None:

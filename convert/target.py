@@ -24,7 +24,7 @@ from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_mod
 
 from redrafter_mlx.files import check_finite, check_real, read_json, read_safetensors, write_safetensors
 from redrafter_mlx.loading import default_model
-from redrafter_mlx.loading.folder import WEIGHTS, load_tokenizer, map_model, read_config
+from redrafter_mlx.loading.folder import WEIGHTS, load_tokenizer, map_model, read_config, with_ends
 from redrafter_mlx.loading.gguf import find_gguf, load_gguf
 
 from .source import (
@@ -253,6 +253,7 @@ def _check_reload(part: Path, model: nn.Module, source: str, report: Report) -> 
     """
     try:
         again, config = map_model(part, read_config(part))
+        with_ends(part, config)
         if load_tokenizer(part, config) is None:
             report("there is no tokenizer: prompts can be token ids only")
     except ValueError as error:

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import tokenizer_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from redrafter_mlx.device import on_gpu
-from redrafter_mlx.files import check_real, check_safetensors, read_json
+from redrafter_mlx.files import check_real, check_safetensors, read_json, read_safetensors
 
 from .config import check_token_ids, eos_token_ids, normalize_config
 from .memory import check_fits
@@ -48,12 +49,7 @@ def load_folder(folder: Path) -> tuple[nn.Module, TokenizerWrapper | None, dict[
     _check_memory(folder, config)
     model, config = map_model(folder, config)
     tokenizer = load_tokenizer(folder, config)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        settings = read_json(generation)
-        check_token_ids(settings, str(generation))
-        config["eos_token_id"] = sorted(eos_token_ids(config, settings))
-    return model, tokenizer, config
+    return model, tokenizer, with_ends(folder, config)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,7 +60,55 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = normalize_config(read_json(folder / "config.json"), str(folder / "config.json"))
     _check_weights(folder, config)
-    return config
+    return _with_head(folder, config)
+
+
+def _with_head(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config, which says that the output head is not the embedding where the weights hold a head of its own.
+
+    transformers leaves out of a config what is its class's default, and that is not always mlx-lm's, which would drop
+    the head without a word.
+
+    Raises:
+        ValueError: the config says that they are one, and the weights that they are not.
+    """
+    tied = config.get("tie_word_embeddings")
+    if tied is False:
+        return config
+    found: dict[str, mx.array] = {}
+    for file in folder.glob(WEIGHTS):
+        arrays = read_safetensors(file)
+        found |= {
+            name: arrays[name] for name in ("lm_head.weight", "model.embed_tokens.weight") if name in arrays
+        }
+    if len(found) < 2:
+        return config
+    head, embedding = found["lm_head.weight"], found["model.embed_tokens.weight"]
+    is_one = (
+        head.shape == embedding.shape
+        and head.dtype == embedding.dtype
+        and mx.array_equal(head, embedding).item()
+    )
+    if tied and not is_one:
+        raise ValueError(
+            f"{folder / 'config.json'}: tie_word_embeddings is true, and lm_head.weight differs from "
+            "model.embed_tokens.weight"
+        )
+    return config if is_one else {**config, "tie_word_embeddings": False}
+
+
+def with_ends(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the tokens that end a text by the folder's `generation_config.json` too.
+
+    Raises:
+        ValueError: that file is damaged.
+    """
+    generation = folder / "generation_config.json"
+    if not generation.is_file():
+        return config
+    settings = read_json(generation)
+    check_token_ids(settings, str(generation))
+    return {**config, "eos_token_id": sorted(eos_token_ids(config, settings))}
 
 
 def _check_weights(folder: Path, config: dict[str, Any]) -> None:
