@@ -78,7 +78,10 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         FileNotFoundError, ValueError: see `check_safetensors`.
     """
     check_safetensors(path)
-    arrays = mx.load(str(path), format="safetensors")
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read by MLX: {str(error)[:200]}") from None
     assert isinstance(arrays, dict)
     return arrays
 
@@ -101,6 +104,9 @@ def check_safetensors(path: Path) -> int:
         entries = None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} is not a safetensors file, or is cut short in its header")
+    notes = entries.get("__metadata__") or {}  # null where MLX had none to write
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise ValueError(f"{path}: __metadata__ must be an object of texts, not {str(notes)[:60]}")
     spans = sorted(_span(path, name, entry) for name, entry in entries.items() if name != "__metadata__")
     end = 0
     for begin, stop, name in spans:

@@ -39,6 +39,8 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
     [
         (b"{", 0, "not a safetensors file"),
         (b"[]", 0, "not a safetensors file"),
+        ({"__metadata__": {"step": 5}}, 0, "__metadata__ must be an object of texts"),
+        ({"__metadata__": [1]}, 0, "__metadata__ must be an object of texts"),
         (b"[" * 50_000, 0, "not a safetensors file"),
         ({"a": entry(0, 8)}, 7, "cut short"),
         ({"a": entry(0, 8)}, 9, "damaged"),
