@@ -68,17 +68,19 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
 ) -> None:
     """Measure speculative against plain decoding; the last line is one JSON object."""
-    from redrafter_mlx.files import new_file
+    from redrafter_mlx.files import check_writable, new_file
 
+    if out is not None:
+        check_writable(out, "--out")
     settings = Settings(
         model, drafter, check_draft(draft), prompts, limit, max_tokens, temperature, top_p, seed, draft_model, context,
         mlx_lm, profile,
     )  # fmt: skip
     line = json.dumps(_run(settings))
+    print(line, flush=True)  # first of all: whatever happens to the file, what took minutes is not lost
     if out is not None:
         with new_file(out) as part:
             part.write_text(line + "\n")
-    print(line)
 
 
 def _run(settings: Settings) -> dict[str, Any]:

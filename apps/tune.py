@@ -6,6 +6,7 @@ on a few prompts, and, unless `--predict` is given, the real speed of every widt
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 from pathlib import Path
@@ -35,6 +36,7 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
 ) -> None:
     """Measure this machine and say which drafts pay; the last line is one JSON object."""
     from redrafter_mlx.auto import cost_table
+    from redrafter_mlx.files import check_writable
     from redrafter_mlx.generation import encode
     from redrafter_mlx.measure.compare import MT_BENCH, spread
     from redrafter_mlx.measure.machine import machine
@@ -44,6 +46,9 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
 
     from .console import stderr
 
+    if plot is not None:
+        check_writable(plot, "--plot")
+        _check_matplotlib()
     loaded = load_model(model, drafter)
     if loaded.drafter is None:
         raise ValueError(f"tune needs a drafter, and {loaded.target.name} has none: give --drafter")
@@ -74,10 +79,10 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
         report["measured_by_shape"] = _measured(loaded, widths, lengths, tokens, max_tokens)
     report["advice"] = predicted.advice
     _print(report)
+    print(json.dumps(report), flush=True)  # before the drawing: whatever happens to that, this is not lost
     if plot is not None:
         draw(report, plot)
         console.print(f"heat maps in {plot}")
-    print(json.dumps(report))
 
 
 def _measured(
@@ -138,6 +143,16 @@ def _print(report: dict[str, Any]) -> None:
                 grid.add_row(str(width), *(f"{report[key][f'{width}x{length}']:.2f}" for length in lengths))
             console.print(grid)
     console.print(report["advice"])
+
+
+def _check_matplotlib() -> None:
+    """Check that heat maps can be drawn.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

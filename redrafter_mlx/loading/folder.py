@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm import tokenizer_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
 from redrafter_mlx.device import on_gpu
-from redrafter_mlx.files import check_real, check_safetensors, read_json
+from redrafter_mlx.files import check_real, check_safetensors, read_json, read_safetensors
 
 from .config import check_token_ids, eos_token_ids, normalize_config
 from .memory import check_fits
@@ -45,19 +46,70 @@ def load_folder(folder: Path) -> tuple[nn.Module, TokenizerWrapper | None, dict[
     Raises:
         FileNotFoundError, ValueError: what is missing, damaged or not read, by its file.
     """
+    config = read_config(folder)
+    _check_memory(folder, config)
+    model, config = map_model(folder, config)
+    tokenizer = load_tokenizer(folder, config)
+    return model, tokenizer, with_ends(folder, config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The normalized config of an mlx-lm folder, its weight files checked against it.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing, damaged or not read, by its file.
+    """
     config = normalize_config(read_json(folder / "config.json"), str(folder / "config.json"))
     _check_weights(folder, config)
-    _check_memory(folder, config)
-    model, config = _model(folder, config)
-    tokenizer = None
-    if any((folder / name).is_file() for name in _TOKENIZERS):
-        tokenizer = _tokenizer(folder, config)
+    return _with_head(folder, config)
+
+
+def _with_head(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config, which says that the output head is not the embedding where the weights hold a head of its own.
+
+    transformers leaves out of a config what is its class's default, and that is not always mlx-lm's, which would drop
+    the head without a word.
+
+    Raises:
+        ValueError: the config says that they are one, and the weights that they are not.
+    """
+    tied = config.get("tie_word_embeddings")
+    if tied is False:
+        return config
+    found: dict[str, mx.array] = {}
+    for file in folder.glob(WEIGHTS):
+        arrays = read_safetensors(file)
+        found |= {
+            name: arrays[name] for name in ("lm_head.weight", "model.embed_tokens.weight") if name in arrays
+        }
+    if len(found) < 2:
+        return config
+    head, embedding = found["lm_head.weight"], found["model.embed_tokens.weight"]
+    is_one = (
+        head.shape == embedding.shape
+        and head.dtype == embedding.dtype
+        and mx.array_equal(head, embedding).item()
+    )
+    if tied and not is_one:
+        raise ValueError(
+            f"{folder / 'config.json'}: tie_word_embeddings is true, and lm_head.weight differs from "
+            "model.embed_tokens.weight"
+        )
+    return config if is_one else {**config, "tie_word_embeddings": False}
+
+
+def with_ends(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the tokens that end a text by the folder's `generation_config.json` too.
+
+    Raises:
+        ValueError: that file is damaged.
+    """
     generation = folder / "generation_config.json"
-    if generation.is_file():
-        settings = read_json(generation)
-        check_token_ids(settings, str(generation))
-        config["eos_token_id"] = sorted(eos_token_ids(config, settings))
-    return model, tokenizer, config
+    if not generation.is_file():
+        return config
+    settings = read_json(generation)
+    check_token_ids(settings, str(generation))
+    return {**config, "eos_token_id": sorted(eos_token_ids(config, settings))}
 
 
 def _check_weights(folder: Path, config: dict[str, Any]) -> None:
@@ -108,8 +160,12 @@ def _check_memory(folder: Path, config: dict[str, Any]) -> None:
     check_fits(folder, needed)
 
 
-def _model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """The model by mlx-lm, its weights mapped; and the config as mlx-lm has completed it."""
+def map_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model by mlx-lm, its weights mapped and not read yet; and the config as mlx-lm has completed it.
+
+    Raises:
+        ValueError: mlx-lm does not know such a model, or its weights do not fit the config.
+    """
     with tempfile.TemporaryDirectory() as staged:
         for file in folder.glob(WEIGHTS):
             (Path(staged) / file.name).symlink_to(file.resolve())
@@ -127,17 +183,19 @@ def _model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, A
             raise ValueError(f"{folder} cannot be loaded as an mlx-lm model: {said}{hint}") from None
 
 
-def _tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    """The folder's tokenizer, read beside the normalized config: transformers checks that too.
+def load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper | None:
+    """The folder's tokenizer, None where it has none; read beside the normalized config: transformers checks that too.
 
     Raises:
         ValueError: its files are damaged, by name where that can be said.
     """
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return None
     kinds = {name: value for name, value in config.items() if name in ("model_type", "architectures")}
     with _staged_tokenizer(folder) as staged:
         (staged / "config.json").write_text(json.dumps(kinds))
         try:
-            return load_tokenizer(
+            return tokenizer_utils.load(
                 staged, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
             )
         except Exception as error:  # the tokenizers library raises plain Exceptions
@@ -209,6 +267,7 @@ def _without_mark(file: Path) -> bytes | None:
 def _first_words(error: BaseException) -> str:
     """What an error of another library says, without the lists that may follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    more = f" (and {len(lines) - 1} more lines)" if len(lines) > 1 else ""
+    used = 2 if lines and lines[0].endswith(":") else 1  # the first name of a list goes with its heading
+    text = " ".join(lines[:used]) if lines else type(error).__name__
+    more = f" (and {len(lines) - used} more lines)" if len(lines) > used else ""
     return (text if len(text) <= 300 else text[:297] + "...") + more
