@@ -108,6 +108,8 @@ def check_safetensors(path: Path) -> int:
         entries = None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} is not a safetensors file, or is cut short in its header")
+    if odd := next((name for name in entries if not name.isprintable()), None):
+        raise ValueError(f"{path} is damaged: a tensor is called {odd[:40]!r}")
     notes = entries.get("__metadata__") or {}  # MLX writes null where there is none
     if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
         raise ValueError(f"{path}: __metadata__ must be an object of text, not {str(notes)[:60]}")
@@ -135,7 +137,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     dtype, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         known = ", ".join(sorted(_DTYPE_BYTES))
-        raise ValueError(f"{path}: {name} has dtype {dtype!r}; MLX reads {known}")
+        raise ValueError(f"{path}: {name} has dtype {str(dtype)[:40]!r}; MLX reads {known}")
     if not _are_sizes(shape) or not _are_sizes(offsets):
         wrong = f"{str(shape)[:60]} and {str(offsets)[:60]}"
         raise ValueError(f"{path}: {name} must have a shape and data_offsets of whole numbers, not {wrong}")

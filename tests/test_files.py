@@ -52,8 +52,8 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
         ({"a": entry(0, 8), "b": entry(0, 8)}, 8, "bytes of b begin at 0"),
         ({"a": entry(1, 9)}, 9, "bytes of a begin at 1"),
         ({"a": entry(0, 8, dtype="F64")}, 8, "a has dtype 'F64'"),
-        ({"a": entry(0, 8, dtype=None)}, 8, "a has dtype None"),
-        ({"a": entry(0, 8, dtype={"x": 1})}, 8, "a has dtype {'x': 1}"),
+        ({"a": entry(0, 8, dtype=None)}, 8, "a has dtype 'None'"),
+        ({"a": entry(0, 8, dtype={"x": 1})}, 8, "a has dtype \"{'x': 1}\""),
         ({"__metadata__": 1, "a": entry(0, 8)}, 8, "__metadata__ must be an object of text"),
         ({"__metadata__": {"format": 1}, "a": entry(0, 8)}, 8, "__metadata__ must be an object of text"),
         ({"a": entry(0, 8, shape=[3])}, 8, "cannot lie in bytes"),
@@ -62,7 +62,8 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
         ({"a": entry(0, 8, shape=[-2])}, 8, "whole numbers"),
         ({"a": entry(0, 8, data_offsets=[0])}, 8, "cannot lie in bytes"),
         ({"a": entry(0, 8, data_offsets=None)}, 8, "whole numbers"),
-        ({"a": 3}, 8, "a has dtype None"),
+        ({"a\nb": entry(0, 8)}, 8, r"a tensor is called 'a\\nb'"),
+        ({"a": 3}, 8, "a has dtype 'None'"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, header: object, size: int, rule: str) -> None:

@@ -29,7 +29,8 @@ NOT_READ = {
     "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fbgemm_fp8": "FP8", "hqq": "HQQ", "aqlm": "AQLM",
     "eetq": "EETQ", "quanto": "Quanto", "higgs": "HIGGS", "vptq": "VPTQ", "spqr": "SpQR", "torchao": "TorchAO",
 }  # fmt: skip
-"""`quant_method` of a config -> its name, where neither mlx-lm nor this project reads the weights."""
+"""`quant_method` of a config -> its name, where neither mlx-lm nor this project reads the weights; of AWQ mlx-lm reads
+those of 4 bits as AutoAWQ's "gemm" lays them out. It takes GPTQ's, which lie otherwise, for the same."""
 
 WEIGHTS = "model*.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -136,7 +137,8 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     if "quantization" in config or not isinstance(quantization, dict):
         return
     method = quantization.get("quant_method")
-    if isinstance(method, str) and method in NOT_READ:
+    reads = method == "awq" and (quantization.get("bits"), quantization.get("version", "gemm")) == (4, "gemm")
+    if isinstance(method, str) and method in NOT_READ and not reads:
         raise ValueError(
             f"{folder} holds {NOT_READ[method]} weights, which cannot be read: take the model's original weights, or "
             "a version quantized by mlx-lm"
