@@ -107,6 +107,17 @@ def test_killed_twice_it_ends_as_if_never_killed(
         (["--prompts", "missing.jsonl"], "prompts: no file missing.jsonl"),
         (["--context-layers", "a"], "--context-layers must be auto, none or numbers"),
         (["--context-layers", "7"], "context_layers must lie in 0..2"),
+        (["--context-layers", "1,1"], "context_layers must be different and 0 or more"),
+        (["--quantize", "3"], "--quantize must be 4 or 8 bits, or 0 for none, not 3"),
+        (["--draft-vocab", "-1"], "--draft-vocab must be 0 (all) or more, not -1"),
+        (["--epochs", "inf"], "epochs must be positive and finite, not inf"),
+        (["--start-from", "nowhere"], "--start-from: no drafter at nowhere"),
+        (["--push-to-hub", "a/b/c"], "--push-to-hub must be owner/name"),
+        (["--push-to-hub", "me/drafter"], "--push-to-hub me/drafter needs a login"),
+        (
+            ["--self-prompt", "2", "--max-tokens", "8"],
+            "there is too little text to train on: 2 answers",
+        ),
         (["--soft", "2"], "soft must be between 0 and 1, not 2.0"),
         (["--batch", "100"], "--batch must be a multiple of 32, not 100"),
         (["--start-from", "d", "--exit-dim", "64"], "--start-from keeps that drafter's shape"),
@@ -114,13 +125,20 @@ def test_killed_twice_it_ends_as_if_never_killed(
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
 ) -> None:
-    out = tmp_path / "out"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    out = tmp_path / "deep" / "out"
     assert main([*arguments(folder, out), *extra]) == 2
     error = capsys.readouterr().err
     assert f"error: {message}" in error.replace("\n", " ") and "Traceback" not in error
-    assert not list(out.glob("*.safetensors"))
+    assert not out.parent.exists()
 
 
 def test_text_of_an_earlier_run_gives_the_same_states(folder: Path, tmp_path: Path) -> None:
@@ -234,6 +252,7 @@ def test_the_drafter_goes_to_the_hub(
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
     command = [*arguments(folder, tmp_path / "out"), "--epochs", "1", "--push-to-hub", "me/drafter"]
     assert main(command) == 0
     assert calls == [("me/drafter", True), ("me/drafter", ["README.md", "config.json", "model.safetensors"])]
@@ -251,3 +270,27 @@ def test_a_target_without_a_chat_template(
     (plain / "tokenizer_config.json").write_text(json.dumps(settings))
     assert main(arguments(plain, tmp_path / "out")) == 2
     assert "error: the target has no chat template" in capsys.readouterr().err
+
+
+def test_the_second_training_in_a_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "apps", *arguments(folder, out)]
+    code = f"""
+import sys, time
+from pathlib import Path
+from redrafter_mlx.train.lock import locked_folder
+with locked_folder(Path({str(out)!r})):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    pipe = subprocess.PIPE
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+    assert owner.stdin is not None and owner.stdout is not None
+    assert owner.stdout.readline() == "locked\n"
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert f"error: another training (process {owner.pid}) is running in {out}" in refused.stderr
+    assert sorted(path.name for path in out.iterdir()) == [".lock"]
+    owner.stdin.close()
+    owner.wait()
+    assert not out.exists()
