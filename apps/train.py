@@ -60,6 +60,18 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
             help="1: weigh a later token by the drafter's probability of the tokens before it; 0: do not."
         ),
     ] = 0.0,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="What a guess is worth: kl, tv (0.1 cross-entropy, 0.9 total variation), lk (of both), gumbel (T > 0)."
+        ),
+    ] = "kl",
+    depth_weights: Annotated[
+        str,
+        typer.Option(
+            help="What a depth weighs: decay (fixed), or dpace (what it adds to the accepted length)."
+        ),
+    ] = "decay",
     exit_dim: Annotated[
         int | None, typer.Option(help="Width of the drafter. Default: chosen from the target's hidden size.")
     ] = None,
@@ -101,8 +113,6 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
     from redrafter_mlx.train.request import Inputs, Request, Shape
     from redrafter_mlx.train.settings import Settings
 
-    if length < 2:
-        raise ValueError(f"--length counts the root and must be at least 2, not {length}")
     window = Settings().window
     if batch < 1 or batch % window:
         raise ValueError(f"--batch must be a multiple of {window}, not {batch}")
@@ -140,7 +150,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
             epochs=epochs,
             learning_rate=learning_rate,
             windows=batch // window,
-            objective=Objective(depths=length - 1, soft=soft, reach=reach),
+            objective=Objective.parse(length, soft, reach, loss, depth_weights),
             seed=seed,
             patience=patience,
             validate_every=validate_every,

@@ -24,14 +24,7 @@ from redrafter_mlx.train.checkpoint import METRICS
 from redrafter_mlx.train.corpus import Corpus, WindowShape
 from redrafter_mlx.train.export import export
 from redrafter_mlx.train.initial import new_drafter
-from redrafter_mlx.train.loss import (
-    Batch,
-    Objective,
-    batch_loss,
-    cross_entropy,
-    cross_entropy_of_head,
-    depth_features,
-)
+from redrafter_mlx.train.loss import Batch, Objective
 from redrafter_mlx.train.prompts import is_held_out
 from redrafter_mlx.train.replay import replay
 from redrafter_mlx.train.request import Inputs, Request, Shape, default_exit_dim
@@ -116,130 +109,6 @@ def trainer(target: Target, data: Path, out: Path, **changes: Any) -> Trainer:
 
 def a_batch(data: Path, depths: int = 3) -> Batch:
     return next(Corpus([data]).epoch(0, 0, WindowShape(3, 8, depths)))
-
-
-# --- objective ---------------------------------------------------------------------------------
-
-
-def test_cross_entropy_by_hand() -> None:
-    """Two rows over three tokens; logits ln 1, ln 2, ln 5 and ln 4, ln 4, ln 8."""
-    features = mx.array([[0.0, math.log(2), math.log(5)], [math.log(4), math.log(4), math.log(8)]])
-    probs = mx.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    mass = probs.sum(axis=1, keepdims=True)
-    loss, gradient, normalizers = cross_entropy(features, mx.eye(3), probs, mass, mx.array([[1.0], [2.0]]))
-    np.testing.assert_allclose(np.array(normalizers[:, 0]), [math.log(8), math.log(16)], atol=1e-5)
-    # row 1: -(ln 1/8 + ln 2/8) / 2 = 1.732868; row 2: -ln 8/16 = 0.693147, twice
-    assert loss.item() == pytest.approx(1.732868 + 2 * 0.693147, abs=1e-5)
-    want = [[1 / 8 - 0.5, 2 / 8 - 0.5, 5 / 8], [2 * 4 / 16, 2 * 4 / 16, 2 * (8 / 16 - 1)]]
-    np.testing.assert_allclose(np.array(gradient), np.array(want), atol=1e-5)
-
-
-@pytest.mark.parametrize("block", [1 << 20, 4 * 9 * 2])
-def test_gradients_are_those_of_the_plain_formula(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("redrafter_mlx.train.loss.LOGIT_BYTES", block)  # one block, or two rows each
-    mx.random.seed(0)
-    features, matrix = mx.random.normal((5, 4)), mx.random.normal((9, 4))
-    probs = mx.softmax(mx.random.normal((5, 9)), axis=-1) * mx.array([[1.0], [1], [0.5], [0], [1]])
-    weights = mx.array([0.1, 0.3, 0.2, 0.2, 0.0])
-
-    def plain(x: mx.array, m: mx.array) -> mx.array:
-        logits = x @ m.T
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return -(weights * (probs * logprobs).sum(axis=-1)).sum()
-
-    def blocked(x: mx.array, m: mx.array) -> mx.array:
-        return 3 * cross_entropy_of_head(x, m, probs, weights[:, None])[0]
-
-    want = mx.grad(plain, argnums=(0, 1))(features, matrix)
-    got = mx.grad(blocked, argnums=(0, 1))(features, matrix)
-    teacher = probs @ matrix, probs.sum(axis=1, keepdims=True), weights[:, None]
-    frozen = mx.grad(lambda x: 3 * cross_entropy(x, matrix, *teacher)[0])(features)
-    for loss in (cross_entropy(features, matrix, *teacher)[0], blocked(features, matrix) / 3):
-        assert loss.item() == pytest.approx(plain(features, matrix).item(), rel=1e-5)
-    for mine, theirs in zip((*got, frozen), (*want, want[0]), strict=True):
-        np.testing.assert_allclose(np.array(mine), 3 * np.array(theirs), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"rnn": False},
-        {"activation": "linear"},
-        {"head": "full"},
-        {"exit_dim": 4 * HIDDEN},  # no input_proj
-        {"num_draft_layers": 0},
-    ],
-)
-def test_training_computes_what_drafting_computes(
-    target: Target, data: Path, changes: dict[str, Any]
-) -> None:
-    batch = a_batch(data)
-    drafter = attached(target, **changes)
-    got = depth_features(drafter, batch, target.embed, 3)
-    for position in (0, 5):
-        hidden = batch.contexts[:, position]
-        tokens = batch.tokens[:, position : position + 3]
-        want = drafter.logits(hidden, tokens, target.embed)
-        for depth in range(3):
-            mine = drafter.head(got[depth][:, position])
-            np.testing.assert_allclose(np.array(mine), np.array(want[:, depth]), atol=1e-4)
-
-
-def test_depths_past_the_end_of_a_text_do_not_count() -> None:
-    batch = Batch(mx.zeros((1, 5, 4)), mx.zeros((1, 5), dtype=mx.int32), mx.array([[3, 1, 0]]))
-    weights = Objective(depths=2, decay=0.5).weights(batch)
-    # depth 0 counts where a token follows, depth 1 where two do; 1 + 1 + 0.5 in all
-    np.testing.assert_allclose(np.array(weights[:, 0]), np.array([[1, 1, 0], [0.5, 0, 0]]) / 2.5)
-
-
-def test_soft_targets_are_the_targets_distribution(target: Target, data: Path) -> None:
-    """A drafter cannot do better than the entropy of what it imitates; hard targets are the token
-    itself."""
-    batch = a_batch(data)
-    drafter = attached(target, draft_vocab_size=None)
-    rows = target.output_rows()
-    losses = {
-        soft: batch_loss(drafter, batch, target.embed, rows, Objective(depths=1, soft=soft)).item()
-        for soft in (0.0, 0.25, 1.0)
-    }
-    features = depth_features(drafter, batch, target.embed, 1)[0]
-    logits = features @ rows.T
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    probs = mx.softmax(batch.contexts[:, 1:9, :HIDDEN] @ rows.T, axis=-1)
-    counted = batch.left > 0
-    soft = -((probs * logprobs).sum(axis=-1) * counted).sum() / counted.sum()
-    token_logprobs = mx.take_along_axis(logprobs, batch.tokens[:, 1:9, None], axis=-1)[..., 0]
-    hard = -(token_logprobs * counted).sum() / counted.sum()
-    assert losses[1.0] == pytest.approx(soft.item(), rel=1e-4)
-    assert losses[0.0] == pytest.approx(hard.item(), rel=1e-4)
-    assert losses[0.25] == pytest.approx(0.25 * soft.item() + 0.75 * hard.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("changes", [{"draft_vocab_size": 30}, {"draft_vocab_size": None, "head": "full"}])
-def test_reach_weighs_a_depth_by_the_drafters_own_guesses(
-    target: Target, data: Path, changes: dict[str, Any]
-) -> None:
-    """Depth 1 counts as much as the drafter believed in the token of depth 0: not at all where it lacks it."""
-    batch = a_batch(data, 2)
-    made = new_drafter(config(**changes), target, Corpus([data]))
-    rows = target.output_rows(made.target_ids())
-    ids = np.arange(VOCAB) if made.target_ids() is None else np.array(made.target_ids())
-    features = depth_features(made, batch, target.embed, 2)
-    weights = np.array(Objective(depths=2).weights(batch))
-    want, reached = 0.0, np.ones(batch.left.shape)
-    for depth in range(2):
-        tokens = np.array(batch.tokens[:, 1 + depth : 1 + depth + batch.left.shape[1]])
-        logprobs = np.array(mx.log(mx.softmax(made.head(features[depth]), axis=-1)))
-        known = np.isin(tokens, ids)
-        column = np.array([[list(ids).index(t) if t in ids else 0 for t in row] for row in tokens])
-        chosen = np.take_along_axis(logprobs, column[..., None], axis=-1)[..., 0]
-        want -= float((weights[depth] * reached * np.where(known, chosen, 0)).sum())
-        reached = reached * np.where(known, np.exp(chosen) ** 0.5, 0)
-    got = batch_loss(made, batch, target.embed, rows, Objective(depths=2, soft=0.0, reach=0.5))
-    assert got.item() == pytest.approx(want, rel=1e-4)
-    with pytest.raises(ValueError, match="reach must be between 0 and 1, not 2"):
-        Objective(reach=2)
 
 
 # --- corpus ------------------------------------------------------------------------------------

@@ -82,9 +82,14 @@ def _weights(config: DrafterConfig) -> str:
 
 
 def _objective(objective: dict[str, Any]) -> str:
-    words = [f"{objective.get('depths')} tokens ahead", f"loss {objective.get('loss', 'kl')}"]
-    words.append(f"soft targets {objective.get('soft')}")
-    words.append(f"depth decay {objective.get('decay')}")
+    words = [f"{objective.get('depths')} tokens ahead"]
+    loss = objective.get("loss", "kl")
+    words.append(f"soft targets {objective.get('soft')}" if loss == "kl" else f"loss {loss}")
+    if objective.get("depth_weights", "decay") == "decay":
+        words.append(f"depth decay {objective.get('decay')}")
+        words += [f"reach {objective['reach']}"] if objective.get("reach") else []
+    else:
+        words.append(f"depth weights {objective['depth_weights']}")
     return ", ".join(words)
 
 
