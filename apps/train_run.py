@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from redrafter_mlx.train.request import Inputs, Request
     from redrafter_mlx.train.trainer import Trainer
 
-QUESTIONS = 4
-"""That the finished drafter is compared with plain decoding on; of the held-out ones."""
-
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
@@ -67,7 +64,7 @@ def _announce(view: View, model: Model, request: Request, inputs: Inputs, wishes
     there = f" ({plan.saved[1]:,} are there)" if plan.saved[1] else ""
     view.say(
         f"Here, now: writing about {estimate.positions:,.0f} tokens{there} takes {duration(estimate.writing)}, "
-        f"training {duration(estimate.training)}, exporting {duration(estimate.finishing)}: "
+        f"training {duration(estimate.training)}, exporting and comparing {duration(estimate.finishing)}: "
         f"{duration(estimate.seconds)} in all."
     )
     if inputs.start is None:
@@ -83,7 +80,9 @@ def _announce(view: View, model: Model, request: Request, inputs: Inputs, wishes
 
 
 def _write(view: View, model: Model, request: Request, inputs: Inputs, plan: Plan | None) -> list[Path]:
-    """Write the text. A run that has begun to train takes the text that is there."""
+    """Write the text. A run that has begun to train takes the text that is there, and so do several processes."""
+    import mlx.core as mx
+
     from redrafter_mlx.train.data import Watch
     from redrafter_mlx.train.plan import Deadline
     from redrafter_mlx.train.run import write_data
@@ -91,6 +90,8 @@ def _write(view: View, model: Model, request: Request, inputs: Inputs, plan: Pla
     def run(watch: Watch) -> list[Path]:
         return write_data(model.target, model.tokenizer, request, inputs, watch)
 
+    if mx.distributed.init().size() > 1:
+        return run(Watch(is_over=lambda _: True))  # written together, shards would be written twice
     if request.minutes is None:
         return run(Watch(WritingView(view).on_step))
     if plan is None:
@@ -138,10 +139,9 @@ def _finish(view: View, model: Model, trainer: Trainer, request: Request, wishes
         view.show("exporting", number / len(copies), f"{folder}: rounding, calibrating on held-out text")
         done = export(out, folder, trainer.target, trainer.corpus, bits, request.model)
         view.show("exporting", (number + 1) / len(copies), f"{folder}")
-        typer.echo(
-            f"{folder}: {done.bytes / 1e6:.1f} MB, {done.after:.3f} tokens per step "
-            f"on held-out text (before: {done.before:.3f})"
-        )
+        figures = f"{done.after:.3f} tokens per step on held-out text (before: {done.before:.3f})"
+        measured = figures if done.before else "not measured, as none of the answers is held out"
+        typer.echo(f"{folder}: {done.bytes / 1e6:.1f} MB, {measured}")
     if wishes.push_to_hub:
         _upload(out / "float16", request.model, wishes.push_to_hub)
     _conclude(view, model, out / "float16", shards, request)
@@ -152,7 +152,7 @@ def _conclude(view: View, model: Model, drafter: Path, shards: Sequence[Path], r
     from redrafter_mlx.train.card import command
     from redrafter_mlx.train.verdict import held_out_questions, judge
 
-    questions = held_out_questions(shards, QUESTIONS)
+    questions = held_out_questions(shards)
     view.show("comparing", 0.0, f"{len(questions)} questions with and without the drafter")
     found = judge(model, drafter, questions)
     view.show("comparing", 1.0, f"{found.questions} questions with and without the drafter")

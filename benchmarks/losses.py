@@ -1,7 +1,7 @@
 """Which loss and which depth weights make the drafter that is accepted most: one pass over the same text for each.
 
-DATA is the folder of a training run (with `data/` in it). Every variant starts from the same weights, of seed 0 or of the
-of the drafter `--start-from`, sees the same batches, and is then measured on the same held-out answers:
+DATA is the folder of a training run (with `data/` in it). Every variant starts from the same weights (of seed 0, or of
+`--start-from`), sees the same batches, and is then measured on the same held-out answers:
 
 - T = 0: the answers replayed through the drafter's own beam search (redrafter_mlx/train/replay.py);
 - T = 1: what the formula for shared Gumbel noise predicts (redrafter_mlx/train/criteria.py) at the positions of these

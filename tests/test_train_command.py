@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -297,3 +298,62 @@ with locked_folder(Path({str(out)!r})):
     owner.stdin.close()
     owner.wait()
     assert not out.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_interrupted_it_says_what_is_kept_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C within the first shard, in a log as in a terminal: nothing that was written is lost."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "apps", *arguments(folder, out), "--max-tokens", "400", "--epochs", "1"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("writing"):
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    process.stderr.close()
+    assert process.stdout is not None
+    process.stdout.close()
+    assert "Traceback" not in rest
+    assert f"kept in {out}: " in rest and "The same command goes on" in rest
+    assert list((out / "data").glob("begun-*.npz")) and not (out / ".lock").exists()
+
+
+def test_what_it_says_before_and_after(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How long, what to expect, that so little does not pay; then speed-up and a command that runs as written."""
+    out = tmp_path / "my drafter"
+    assert main([*arguments(folder, out), "--epochs", "1", "--quantize", "8"]) == 0
+    said = capsys.readouterr()
+    before = " ".join(said.err.split())
+    assert "Here, now: writing about 864 tokens takes under a minute, training" in before
+    assert "tokens per step with one beam of 5, by the curve measured" in before
+    assert "warning: this run is too small to pay: about 864 tokens" in before
+    assert "writing 0%: questions 0/15" in before and "training 100%" in before
+    assert "x plain decoding" in said.out and "the same tokens" in said.out
+    for name in ("float16", "8bit"):
+        card = (out / name / "README.md").read_text()
+        line = card.split("```sh\n")[1].splitlines()[0]
+        assert (f"Use it: {line}\n" in said.out) == (name == "float16")
+        assert main([*shlex.split(line)[1:], "--max-tokens", "4"]) == 0
+        assert capsys.readouterr().out.strip()
+
+
+def test_minutes_instead_of_a_number_of_answers(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A quarter of a minute less what follows leaves little to write; the same command then finds all done."""
+    out = tmp_path / "out"
+    command = [option for option in arguments(folder, out) if option not in ("--self-prompt", "48")]
+    command += ["--epochs", "1", "--minutes", "0.25", "--validate-every", "1000"]
+    assert main(command) == 0
+    shards = {path.name: path.read_bytes() for path in (out / "data").glob("shard-*.npz")}
+    assert shards and (out / "data" / "clock.json").is_file()
+    assert main(command) == 0
+    assert "holds a training that has begun: going on" in capsys.readouterr().err.replace("\n", " ")
+    assert {path.name: path.read_bytes() for path in (out / "data").glob("shard-*.npz")} == shards

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import mlx.core as mx
+
 try:
     import fcntl
 except ImportError:  # Windows, where MLX does not run either
@@ -21,13 +23,17 @@ LOCK = ".lock"
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Make `folder` if need be and keep it for this process while the block runs. A folder that is empty at the end,
-    because the run failed before it wrote anything, is removed.
+    because the run failed before it wrote anything, is removed. Of several processes that train together
+    (`mlx.launch`) the first keeps it for all.
 
     Raises:
         ValueError: another process keeps it, or it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out must be a folder, and {folder} is a file")
+    if mx.distributed.init().rank():
+        yield
+        return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     while True:
         folder.mkdir(parents=True, exist_ok=True)

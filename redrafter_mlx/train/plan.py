@@ -20,6 +20,7 @@ from .request import Inputs, Request
 from .run import DATA
 from .shards import list_shards, read_shard
 from .tally import ANSWER_SHARE, Tally
+from .verdict import judge_seconds
 
 CLOCK = "clock.json"
 TOY = 1e11
@@ -79,9 +80,14 @@ class Plan:
             positions,
             writing,
             self.training.seconds(positions, self.request.settings),
-            self.training.finishing_seconds(positions, self.request.settings, self.copies),
+            self.finishing_seconds(positions),
             operations(self.target, config, positions, self.request.settings),
         )
+
+    def finishing_seconds(self, positions: float) -> float:
+        """To export the drafter and to compare it with plain decoding."""
+        exporting = self.training.finishing_seconds(positions, self.request.settings, self.copies)
+        return exporting + judge_seconds(self.writing.step + self.writing.row)
 
     def _answers_in(self, seconds: float) -> int:
         """Answers that a run of so many seconds can have."""
@@ -117,10 +123,10 @@ class Plan:
         if allow_small or estimate.work < TOY:
             return text
         answers = self.answers_that_pay()
-        minutes = self.estimate(answers).seconds / 60
+        minutes = max(1, round(self.estimate(answers).seconds / 60))
         raise ValueError(
-            f"{text}. Ask for more, such as --self-prompt {4 * answers} ({answers} at least, about {minutes:.0f} "
-            "minutes here), or go on all the same with --allow-small"
+            f"{text}. Ask for more, such as --self-prompt {4 * answers} ({answers} at least, about {minutes} minutes "
+            "here), or go on all the same with --allow-small"
         )
 
 
@@ -180,10 +186,9 @@ class Deadline:
 
     def left(self, tally: Tally) -> float:
         """Seconds of writing that are left, if what there is now is to be trained on."""
-        plan, settings = self._plan, self._plan.request.settings
-        after = plan.training.seconds(tally.positions, settings)
-        after += plan.training.finishing_seconds(tally.positions, settings, plan.copies)
-        return self._total - self.elapsed - after
+        plan = self._plan
+        after = plan.training.seconds(tally.positions, plan.request.settings)
+        return self._total - self.elapsed - after - plan.finishing_seconds(tally.positions)
 
     def is_over(self, tally: Tally) -> bool:
         """True once it is time to train."""

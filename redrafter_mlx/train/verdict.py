@@ -20,6 +20,19 @@ from .prompts import is_held_out, tokenize
 from .shards import read_shard
 
 PLAIN, DRAFTED = "off", "auto"
+QUESTIONS, TOKENS = 4, 48
+"""What a drafter is judged on; one question more warms up."""
+COST_TABLE_SECONDS = 10.0
+"""To measure what drafting costs, as the first use of a drafter on a machine does."""
+
+
+def judge_seconds(token_seconds: float) -> float:
+    """What `judge` takes, about.
+
+    Args:
+        token_seconds: of decoding a token plainly.
+    """
+    return COST_TABLE_SECONDS + 2 * (QUESTIONS + 1) * TOKENS * token_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +53,7 @@ class Verdict:
         return self.drafted / self.plain if self.plain else 0.0
 
 
-def held_out_questions(shards: Sequence[Path], limit: int) -> list[str]:
+def held_out_questions(shards: Sequence[Path], limit: int = QUESTIONS) -> list[str]:
     """Up to `limit` questions that were not trained on; of those that were, if none was held out."""
     held: list[str] = []
     others: list[str] = []
@@ -50,7 +63,7 @@ def held_out_questions(shards: Sequence[Path], limit: int) -> list[str]:
     return (held or others)[:limit]
 
 
-def judge(model: Model, drafter: Path, questions: Sequence[str], max_tokens: int = 64) -> Verdict:
+def judge(model: Model, drafter: Path, questions: Sequence[str], max_tokens: int = TOKENS) -> Verdict:
     """Decode every question both ways.
 
     Args:
