@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,15 @@ import typer
 
 from redrafter_mlx.prompts import read_requests
 
-from .options import DEFAULT_MODEL, DrafterOption, DraftOption, ModelOption, check_draft, load_model
+from .options import (
+    DEFAULT_MODEL,
+    DrafterOption,
+    DraftOption,
+    LookupOption,
+    ModelOption,
+    check_draft,
+    load_model,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,7 @@ class Settings:
 
     model: str
     drafter: str | None
+    lookup: bool
     draft: str
     prompts: Path | None
     limit: int | None
@@ -41,6 +50,7 @@ class Settings:
 def bench(  # noqa: PLR0913  (typer: one argument per option)
     model: ModelOption = DEFAULT_MODEL,
     drafter: DrafterOption = None,
+    lookup: LookupOption = True,
     draft: DraftOption = "auto",
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL of prompts; MT-bench's 80 first turns by default.")
@@ -68,17 +78,19 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
 ) -> None:
     """Measure speculative against plain decoding; the last line is one JSON object."""
-    from redrafter_mlx.files import new_file
+    from redrafter_mlx.files import check_writable, new_file
 
+    if out is not None:
+        check_writable(out, "--out")
     settings = Settings(
-        model, drafter, check_draft(draft), prompts, limit, max_tokens, temperature, top_p, seed, draft_model, context,
-        mlx_lm, profile,
+        model, drafter, lookup, check_draft(draft), prompts, limit, max_tokens, temperature, top_p, seed, draft_model,
+        context, mlx_lm, profile,
     )  # fmt: skip
     line = json.dumps(_run(settings))
+    print(line, flush=True)  # first of all: whatever happens to the file, what took minutes is not lost
     if out is not None:
         with new_file(out) as part:
             part.write_text(line + "\n")
-    print(line)
 
 
 def _run(settings: Settings) -> dict[str, Any]:
@@ -87,8 +99,8 @@ def _run(settings: Settings) -> dict[str, Any]:
     from redrafter_mlx.measure.profile import ops_per_step, profile
 
     sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
-    model = load_model(settings.model, settings.drafter)
-    if model.drafter is None and settings.draft != "off":
+    model = load_model(settings.model, settings.drafter, settings.lookup)
+    if model.drafter is None and model.lookup is None and settings.draft != "off":
         raise ValueError(f"{model.target.name} has no drafter to measure: give one with --drafter")
     requests = spread(read_requests(settings.prompts or MT_BENCH), settings.limit)
     prompts = encoded(model, requests, settings.context)
@@ -103,6 +115,7 @@ def _run(settings: Settings) -> dict[str, Any]:
         arms["mlx_lm_speculative"] = mlx_lm_arm(model, settings.max_tokens, sampling, smaller)
     result = _compare(arms, prompts, [request.category for request in requests])
     report = _report(settings, model, result)
+    report["divergences"] = _divergences(model, sampling, prompts, result)
     report["ops_per_step"] = ops_per_step(model, prompts[0], settings.draft, sampling)
     report["plain_ops_per_step"] = ops_per_step(model, prompts[0], "off", sampling)
     if settings.with_profile:
@@ -112,19 +125,29 @@ def _run(settings: Settings) -> dict[str, Any]:
 
 
 def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )  # fmt: skip
 
     from redrafter_mlx.measure.compare import compare
 
     from .console import stderr
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr()) as progress:
+    console = stderr()
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), MofNCompleteColumn()]
+    if console.width >= 60:
+        columns = [columns[0], BarColumn(), columns[1], TimeRemainingColumn()]
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("prompts", total=len(prompts))
         result = None
         for result in compare(arms, prompts, categories):
             rate = result.ratio("drafted", "plain")[1]
-            progress.update(task, advance=1, description=f"drafted / plain {rate:.2f}")
+            progress.update(task, advance=1, description=f"speed-up {rate:.2f}")
     return result
 
 
@@ -145,7 +168,8 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         **machine(),
         "model": settings.model,
         "dtype": str(model.target.dtype).removeprefix("mlx.core."),
-        "drafter": settings.drafter or "default",
+        "drafter": settings.drafter or ("default" if model.drafter is not None else None),
+        "lookup": model.lookup is not None,
         "draft": settings.draft,
         "temperature": settings.temperature,
         "prompts": len(plain),
@@ -162,6 +186,8 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         "speedup_total_time": round(result.total("drafted") / result.total(base), 4),
         "tokens_per_step": round(drafted.tokens_per_step, 4),
         "efficiency": round(speedup[1] / drafted.tokens_per_step, 4),
+        "drafted_by_source": drafted.drafted_by_source,
+        "accepted_by_source": drafted.accepted_by_source,
         "accepted_by_depth": [round(share, 4) for share in drafted.acceptance],
         "identical": all(
             a.token_ids == b.token_ids for a, b in zip(plain, result.runs["drafted"], strict=True)
@@ -182,21 +208,38 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
     return report
 
 
+def _divergences(model: Any, sampling: Any, prompts: list[list[int]], result: Any) -> list[dict[str, Any]]:
+    """Where drafted texts part from plain ones: prompt from 0, token, the target's two best tokens, their scores."""
+    from redrafter_mlx.measure.divergence import divergence
+
+    found = []
+    for index, (prompt, plain, drafted) in enumerate(
+        zip(prompts, result.runs["plain"], result.runs["drafted"], strict=True)
+    ):
+        each = divergence(model.target, sampling, prompt, plain.token_ids, drafted.token_ids)
+        if each is not None:
+            found.append({"prompt": index, **asdict(each), "is_float32_tie": each.is_tie})
+    return found
+
+
 def _print_table(result: Any, report: dict[str, Any]) -> None:
-    from rich.table import Table
+    from .console import print_table, stderr
 
-    from .console import stderr
-
-    table = Table(title=f"{report['model']}, {report['dtype']}, {report['chip']}, draft {report['draft']}")
-    for column in ("", "tokens/s", "quartiles", f"speed over {report['speedup_over']}"):
-        table.add_column(column, justify="left" if not column else "right")
+    rows = []
     for name in result.runs:
         low, middle, high = result.rate(name)
         ratio = result.ratio(name, report["speedup_over"])[1]
-        table.add_row(name, f"{middle:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.2f}x")
+        rows.append((name, f"{middle:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.2f}x"))
     console = stderr()
-    console.print(table)
+    title = f"{report['model']}, {report['dtype']}, {report['chip']}, draft {report['draft']}"
+    header = ("", "tokens/s", "quartiles", f"speed over {report['speedup_over']}")
+    print_table(console, title, header, rows)
+    differing = report["divergences"]
+    ties = sum(each["is_float32_tie"] for each in differing)
+    for source, count in report["accepted_by_source"].items():
+        rows_of = report["drafted_by_source"][source]
+        console.print(f"{source}: {count} of {rows_of} drafted tokens accepted")
     console.print(
-        f"tokens per step {report['tokens_per_step']:.2f}, rows {report['rows_per_step']:.1f}, "
-        f"identical: {'yes' if report['identical'] else 'no'}"
+        f"tokens per step {report['tokens_per_step']:.2f}, rows {report['rows_per_step']:.1f}, identical: "
+        + (f"no ({len(differing)} differ, {ties} by a tie)" if differing else "yes")
     )

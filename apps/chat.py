@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from redrafter_mlx.prompts import check_text
+
 from . import options as opt
 from .console import GaveUpNote, note, note_missing_drafter
 from .generate import summary
+from .piped import read_line
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -45,12 +48,14 @@ def chat(  # noqa: PLR0913  (typer: one argument per option)
     settings = opt.generation_options(
         draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits
     )
+    if system is not None:
+        check_text(system, "--system")
     from .conversation import Conversation
 
     loaded = opt.load_model(model, drafter)
     conversation = Conversation(loaded, settings, system)
     note_missing_drafter(loaded, draft, drafter)
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         note(f"{model}: /help for help, Ctrl-C stops an answer, Ctrl-D leaves")
     run(conversation)
 
@@ -63,6 +68,9 @@ def run(conversation: Conversation) -> None:
             line = _read_line()
         except EOFError:
             return
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
         except KeyboardInterrupt:
             print(file=sys.stderr)
             if interrupted:
@@ -178,15 +186,13 @@ def _read_line() -> str:
 
 
 def _input(prompt: str) -> str:
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if is_terminal and sys.stdout.isatty():
         try:
             import readline  # noqa: F401  (gives input() its line editing)
         except ImportError:
             pass
-        return input(prompt)
-    if sys.stdin.isatty():
+        return check_text(input(prompt), "the message")
+    if is_terminal:
         print(prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
+    return check_text(read_line(), "the message")

@@ -7,13 +7,12 @@ is instant.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import Annotated
 
 import typer
 
-from redrafter_mlx import __version__
+from redrafter_mlx import __version__, process
 
 from .bench import bench
 from .chat import chat
@@ -57,26 +56,30 @@ def options(
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns 0 on success and 2 after a mistake of the user or in a file."""
     arguments = sys.argv[1:] if argv is None else argv
+    return process.run(lambda: _invoke(arguments or ["--help"]))
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Run what the arguments ask for, without typer's own ways to end a process.
+
+    Raises:
+        ValueError: an option or command that there is not, or an option's value.
+    """
+    command = typer.main.get_command(app)
     try:
-        result = app(args=arguments or ["--help"], prog_name="redrafter", standalone_mode=False)
+        with command.make_context("redrafter", list(arguments)) as context:
+            result = command.invoke(context)
+    except typer.Exit as left:  # --help
+        return left.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except typer.TyperException as error:
-        return _mistake(error.format_message())
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            _silence_stdout()
-            return 0  # the reader, `head` say, has seen enough
-        return _mistake(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
+        raise ValueError(_message(error, arguments)) from None
     return result if isinstance(result, int) else 0
 
 
-def _mistake(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-def _silence_stdout() -> None:
-    """Keep the interpreter from complaining about the closed pipe when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _message(error: typer.TyperException, arguments: list[str]) -> str:
+    text = error.format_message()
+    if text.startswith("No such option") and arguments[0] in ("generate", "demo"):
+        text += f" (a prompt that begins with a dash goes behind --: redrafter {arguments[0]} -- '- a list')"
+    return text

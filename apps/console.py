@@ -1,8 +1,9 @@
-"""Where everything but the answer goes: standard error."""
+"""Where everything but the answer goes, and tables that keep their figures whole in any width."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,49 @@ if TYPE_CHECKING:
 
 def stderr() -> Console:
     """A rich console on stderr."""
+    return _console(is_stderr=True)
+
+
+def stdout() -> Console:
+    """A rich console on stdout."""
+    return _console(is_stderr=False)
+
+
+def _console(is_stderr: bool) -> Console:
     from rich.console import Console
 
-    return Console(stderr=True)
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704  (rich calls it while the error is handled, and would exit with 1)
+
+    return Plain(stderr=is_stderr)
+
+
+def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, its first column to the left and the others to the right.
+
+    Where it is wider than the terminal, every row becomes lines of a name and a figure, and no figure is cut.
+    """
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [header, *rows]
+    widths = [max(cell_len(line[column]) for line in lines) for column in range(len(header))]
+    if sum(widths) + 3 * len(widths) + 1 <= console.width:
+        table = Table(title=title or None)
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    if title:
+        console.print(Text(title))
+    for first, *figures in rows:
+        console.print(Text(" ".join((header[0], first)).strip()))
+        for name, figure in zip(header[1:], figures, strict=True):
+            console.print(Text(f" {name} {figure}"), soft_wrap=cell_len(figure) > console.width)
 
 
 def note(text: str) -> None:
@@ -26,9 +67,16 @@ def note(text: str) -> None:
 
 
 def note_missing_drafter(model: Model, draft: str, drafter: str | None) -> None:
-    """Say that `--draft auto` decodes plainly for want of a drafter, unless `--drafter none` asked for that."""
-    if model.drafter is None and draft == "auto" and drafter != "none":
+    """Say what `--draft auto` does for want of a drafter, unless `--drafter` asked for that."""
+    if model.drafter is not None or draft != "auto" or drafter in ("none", "lookup"):
+        return
+    if model.lookup is None:
         note(f"{model.target.name} has no drafter, so it decodes plainly: give one with --drafter")
+    else:
+        note(
+            f"{model.target.name} has no drafter, so only what has stood in the text before is drafted: "
+            "redrafter train makes one"
+        )
 
 
 @dataclass(slots=True)
@@ -42,4 +90,6 @@ class GaveUpNote:
         learned = self.model.learned
         if learned is not None and learned.gave_up and not self.is_said:
             self.is_said = True
-            note("drafting does not pay here at present, so it is paused: redrafter tune shows what it costs")
+            note(
+                "the drafter does not pay here at present, so it is paused: redrafter tune shows what it costs"
+            )

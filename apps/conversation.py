@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 
 from redrafter_mlx.generation import Chunk, Model, Options, PromptCache, encode, make_policy, start
-from redrafter_mlx.prompts import render, user
+from redrafter_mlx.prompts import encode_text, render, user
 from redrafter_mlx.stats import Stats
 
 
@@ -123,7 +123,7 @@ class Conversation:
         for said in (answer, answer.strip()):  # some templates strip it
             start = self._answered.text + said
             if rendered.startswith(start):
-                rest = self.model.tokenizer.encode(rendered[len(start) :], add_special_tokens=False)
+                rest = encode_text(self.model.tokenizer, rendered[len(start) :], special=False)
                 return [*self._answered.tokens, *rest]
         return None
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from redrafter_mlx.prompts import Request, read_requests
+from redrafter_mlx.prompts import Request, check_text, read_requests
 
 from . import options as opt
 from .console import GaveUpNote, note_missing_drafter
+from .piped import note_if_ignored, read_prompt
 
 if TYPE_CHECKING:
     from redrafter_mlx.generation import Chunk, Model, Options
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 
 def generate(  # noqa: PLR0913  (typer: one argument per option)
     prompt: Annotated[
-        str | None, typer.Argument(help="What to ask; - or nothing reads standard input.")
+        str | None,
+        typer.Argument(
+            help="What to ask; text piped in joins it (cat FILE | redrafter generate 'explain'). "
+            "- or nothing: the piped text alone.",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -31,6 +36,8 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     ] = None,
     model: opt.ModelOption = opt.DEFAULT_MODEL,
     drafter: opt.DrafterOption = None,
+    lookup: opt.LookupOption = True,
+    history: opt.HistoryOption = None,
     draft: opt.DraftOption = "auto",
     max_tokens: opt.MaxTokensOption = 256,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -52,7 +59,7 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     requests = _requests(prompt, prompts)
     _check(requests, raw, system)
     options = opt.generation_options(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
-    loaded = opt.load_model(model, drafter)
+    loaded = opt.load_model(model, drafter, lookup, history)
     streams = _streams(loaded, requests, replace(options, raw=raw), system)
     note_missing_drafter(loaded, draft, drafter)
     write, gave_up, all_stats = _write_json if as_json else _write_text, GaveUpNote(loaded), []
@@ -63,21 +70,26 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
 
 
 def _requests(prompt: str | None, prompts: Path | None) -> list[Request]:
-    """The prompt given, standard input, or the file's prompts."""
+    """The prompt given with what is piped in, or the file's prompts."""
     if prompts is not None:
         if prompt is not None:
             raise ValueError(f"give a prompt or --prompts {prompts}, not both")
-        return read_requests(prompts)
-    if prompt is None and sys.stdin.isatty():
-        raise ValueError("no prompt: give one as argument, with --prompts FILE, or on standard input")
-    if prompt is None or prompt == "-":
-        prompt = sys.stdin.read().removesuffix("\n")
-    if not prompt.strip():
+        requests = read_requests(prompts)
+        note_if_ignored(f"the prompts come from {prompts}")
+        return requests
+    if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty: it needs some text")
-    return [Request(0, prompt)]
+    asked = read_prompt(prompt)
+    if asked is None:
+        raise ValueError("no prompt: give one as argument, with --prompts FILE, or on standard input")
+    if not asked.strip():
+        raise ValueError("the prompt is empty: it needs some text")
+    return [Request(0, asked)]
 
 
 def _check(requests: Sequence[Request], raw: bool, system: str | None) -> None:
+    if system is not None:
+        check_text(system, "--system")
     if raw and system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out")
     for index, request in enumerate(requests):
@@ -140,7 +152,8 @@ def summary(all_stats: Sequence[Stats]) -> str:
     parts.append(f"{total.generated_tokens} tokens")
     if total.decode_seconds and total.steps:
         parts.append(f"{total.tokens_per_second:.1f} tokens/s")
-        parts.append(f"{total.tokens_per_step:.2f} tokens per step")
+        by = ", ".join(f"{source} {count}" for source, count in total.accepted_by_source.items())
+        parts.append(f"{total.tokens_per_step:.2f} tokens per step{f' (drafted: {by})' if by else ''}")
     asked = sum(stats.prompt_tokens for stats in all_stats)
     reused = sum(stats.reused_tokens for stats in all_stats)
     prompt = f"prompt {asked} tokens{f' ({reused} reused)' if reused else ''}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from redrafter_mlx.prompts import check_text
 
 if TYPE_CHECKING:
     from redrafter_mlx import Model
@@ -20,8 +23,21 @@ ModelOption = Annotated[
 DrafterOption = Annotated[
     str | None,
     typer.Option(
-        "--drafter", help="Drafter folder or Hugging Face id; none: no drafter. Default: the model's own."
+        "--drafter",
+        help="Drafter folder or Hugging Face id; lookup: only what is looked up in the text; none: no drafts. "
+        "Default: the model's own.",
     ),
+]
+HistoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--history",
+        help="Keep the tokens of prompts and answers in this folder (at most 200,000), to draft from later.",
+    ),
+]
+LookupOption = Annotated[
+    bool,
+    typer.Option("--lookup/--no-lookup", help="Also draft what has stood in the text before."),
 ]
 DraftOption = Annotated[
     str,
@@ -93,6 +109,8 @@ def generation_options(  # noqa: PLR0913  (the options of every command that wri
     """
     check_draft(draft)
     check_max_tokens(max_tokens)
+    for text in stop or ():
+        check_text(text, "--stop")
     from redrafter_mlx import Sampling
     from redrafter_mlx.generation import Options
 
@@ -124,8 +142,8 @@ def check_max_tokens(max_tokens: int) -> int:
     return max_tokens
 
 
-def load_model(model: str, drafter: str | None) -> Model:
-    """Load the target and the drafter that the two options name.
+def load_model(model: str, drafter: str | None, lookup: bool = True, history: Path | None = None) -> Model:
+    """Load the target and the drafters that the options name.
 
     Freed memory is kept from here on: the process is a command of ours, so nobody else's malloc is changed.
     """
@@ -133,4 +151,4 @@ def load_model(model: str, drafter: str | None) -> Model:
     from redrafter_mlx.kernels import keep_freed_memory
 
     keep_freed_memory()
-    return redrafter_mlx.load(model, drafter)
+    return redrafter_mlx.load(model, drafter, lookup=lookup, history=history)

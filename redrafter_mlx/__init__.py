@@ -9,6 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .process import guard_imports
+
+guard_imports()
+
 try:
     from .cpu import blas
 except ImportError:  # the package works without that folder

@@ -42,6 +42,43 @@ class Request:
         return said
 
 
+def decode_text(data: bytes, name: str) -> str:
+    """What a user wrote, from its bytes: UTF-8 without a leading byte order mark, with plain line ends.
+
+    Args:
+        name: what to call it in the message.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    data = data.removeprefix(BYTE_ORDER_MARK)
+    try:
+        return data.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        wrong = f"its byte {error.start} is 0x{data[error.start]:02x}"
+        raise ValueError(f"{name} must be UTF-8, and {wrong} ({error.reason})") from None
+
+
+def check_text(text: str, name: str) -> str:
+    """Return `text` if UTF-8 can hold it: an argument's bytes that are not UTF-8, and halves of a surrogate pair in
+    JSON, arrive as characters that it cannot.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = (
+            f"the byte 0x{code - 0xDC00:02x}"
+            if 0xDC80 <= code <= 0xDCFF
+            else f"the lone surrogate U+{code:X}"
+        )
+        raise ValueError(f"{name} must be UTF-8, and its character {error.start} is {what}") from None
+    return text
+
+
 def user(text: str) -> dict[str, str]:
     """A user's message."""
     return {"role": "user", "content": text}
@@ -54,21 +91,16 @@ def read_requests(path: Path) -> list[Request]:
     Raises:
         FileNotFoundError, ValueError: no such file; the first line that is not one; no prompt.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"--prompts: no file {path}")
+    if path.is_dir():
+        raise ValueError(f"--prompts: {path} is a folder, and a file is needed")
     requests: list[Request] = []
     for number, line in enumerate(path.read_bytes().removeprefix(BYTE_ORDER_MARK).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8: {error}") from None
-        except (ValueError, RecursionError) as error:
-            hint = " (one JSON value a line is expected, not an array)" if line.lstrip()[:1] == b"[" else ""
-            raise ValueError(f"{path}:{number}: not JSON: {error}{hint}") from None
-        try:
-            requests.append(_request(value, len(requests)))
+            requests.append(_request(_json(line), len(requests)))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     if not requests:
@@ -76,11 +108,35 @@ def read_requests(path: Path) -> list[Request]:
     return requests
 
 
+def _json(line: bytes) -> Any:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from None
+    hint = (
+        " (one JSON value a line is expected, not an array over several)" if text.lstrip()[:1] == "[" else ""
+    )
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}{hint}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of whose keys none stands twice: one of the two would be dropped."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return values
+
+
 def _request(value: Any, index: int) -> Request:
     if isinstance(value, str):
         return Request(index, _text(value, "the prompt"))
     if not isinstance(value, dict):
-        raise ValueError(f"a line must be a string or an object, not {json.dumps(value)[:60]}")
+        hint = ": one JSON value a line is expected" if isinstance(value, list) else ""
+        raise ValueError(f"a line must be a string or an object, not {json.dumps(value)[:60]}{hint}")
     wanted = [key for key in ("messages", "prompt", "turns") if key in value]
     if len(wanted) > 1:
         raise ValueError(f'one of "messages", "prompt" and "turns" is needed, found {" and ".join(wanted)}')
@@ -107,7 +163,7 @@ def _request(value: Any, index: int) -> Request:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be text that is not empty, not {json.dumps(value)[:60]}")
-    return value
+    return check_text(value, name)
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
@@ -120,6 +176,8 @@ def _messages(value: Any) -> list[dict[str, str]]:
             raise ValueError(
                 f'a message needs "role" and "content", both text, not {json.dumps(message)[:60]}'
             )
+        for key in ("role", "content"):
+            check_text(message[key], f'"{key}"')
     return value
 
 
@@ -202,11 +260,7 @@ def encode_text(tokenizer: TokenizerWrapper, text: str, special: bool = True) ->
     Raises:
         ValueError: the text is not Unicode (a lone surrogate).
     """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        where = f"character {error.start} is {text[error.start]!a}"
-        raise ValueError(f"the prompt must be text that UTF-8 can hold, and its {where}") from None
+    check_text(text, "the prompt")
     begin = getattr(tokenizer, "bos_token", None)
     if special and begin and text.startswith(begin):
         special = False

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from convert.__main__ import main
+from convert.names import translate
 from redrafter_mlx.drafters.kinds import load_recurrent, save_drafter
 from redrafter_mlx.drafters.recurrent import DrafterConfig, RecurrentDrafter, changed, quantize
 from redrafter_mlx.files import named_weights
@@ -112,6 +113,14 @@ def test_tensorrt_llm_ranks_and_padding(tmp_path: Path) -> None:
         mx.save_safetensors(str(source / f"rank{rank}.safetensors"), half)
     io = dict(np.load(APPLE / "io.npz"))
     check(convert(source, tmp_path / "out"), io, io, "nowarp_")
+
+
+def test_names_of_a_large_model_are_sorted_out_in_one_pass() -> None:
+    """40,000 names beside a drafter: minutes where each of them is compared with all others."""
+    names = [f"model.layers.{i}.x.weight" for i in range(40_000)]
+    mine = ["drafter.lm_head.0.weight", "drafter.rnn_w.weight"]
+    assert translate(names + mine).beside == tuple(names)
+    assert len(translate(names).unknown) == 40_000
 
 
 @pytest.mark.parametrize("prefix", ["module.", "module.drafter.", "_orig_mod."])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,8 +328,10 @@ class FakeHub:
         self.folder = folder
         self.asked: list[str] = []
 
-    def list_repo_files(self, _: str, revision: str | None) -> list[str]:
-        return [file.name for file in self.folder.iterdir()]
+    def model_info(self, _: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            siblings=[SimpleNamespace(rfilename=file.name) for file in self.folder.iterdir()]
+        )
 
     def snapshot_download(self, _: str, revision: str | None, allow_patterns: list[str]) -> str:
         self.asked = allow_patterns
@@ -351,4 +354,147 @@ def test_hugging_face_unreachable(
 
     monkeypatch.setattr("huggingface_hub.HfApi", refuse)
     found = error_of(capsys, "target", "owner/model", "--out", str(tmp_path / "out"))
-    assert "no target 'owner/model' here, and none from Hugging Face: no route" in found
+    assert "no target 'owner/model' here, and none from Hugging Face: " in found
+    assert "cannot be reached (no route)" in found
+
+
+def copy_of(target: Path, to: Path, **changes: Any) -> Path:
+    """A target's folder with changes to its config; None takes a key away."""
+    shutil.copytree(target, to)
+    config = {**json.loads((to / "config.json").read_text()), **changes}
+    (to / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return to
+
+
+def spoil(folder: Path, name: str, value: float) -> Path:
+    """Set one weight."""
+    arrays = arrays_of(folder)
+    arrays[name].flat[7] = value
+    mx.save_safetensors(str(folder / "model.safetensors"), {k: mx.array(a) for k, a in arrays.items()})
+    return folder
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("value", "options"),
+    [
+        (float("nan"), []),
+        (float("inf"), []),
+        (-float("inf"), ["--quantize"]),
+        (1e5, ["--dtype", "float16"]),
+        (3.4e38, ["--dtype", "bfloat16"]),
+    ],
+)
+def test_weights_that_are_no_numbers(
+    value: float, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the source, or once they are cast to a dtype that cannot hold them."""
+    source = spoil(copy_of(E00 / "target", tmp_path / "hf"), UP, value)
+    found = error_of(capsys, "target", str(source), "--out", str(tmp_path / "out"), *options)
+    assert f"{UP} holds values that are not finite" in found and str(source) in found
+    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_float64_that_float32_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copy_of(E00 / "target", tmp_path / "hf")
+    (source / "model.safetensors").unlink()
+    arrays = {name: array.astype(np.float64) for name, array in arrays_of(E00 / "target").items()}
+    write_torch(source / "pytorch_model.bin", arrays)
+    same_tokens(convert(source, tmp_path / "out"))
+    capsys.readouterr()
+    arrays[UP].flat[7] = 1e300
+    write_torch(source / "pytorch_model.bin", arrays)
+    found = error_of(capsys, "target", str(source), "--out", str(tmp_path / "other"))
+    assert f"pytorch_model.bin: {UP} holds values that are not finite" in found
+
+
+def test_rope_settings_as_transformers_5_writes_them(tmp_path: Path) -> None:
+    """mlx-lm reads `rope_theta` at the top, and would take another base without a word."""
+    old = copy_of(E00 / "target", tmp_path / "old", rope_theta=500.0)
+    rope = {"rope_theta": 500.0, "rope_type": "default"}
+    new = copy_of(E00 / "target", tmp_path / "new", rope_theta=None, rope_parameters=rope)
+    out = convert(new, tmp_path / "out")
+    tokens = mx.array([[5, 9, 40, 7]])
+    want = load_model(old)[0](tokens)
+    assert mx.array_equal(load_model(out)[0](tokens), want).item()
+    assert not mx.allclose(load_model(new)[0](tokens), want, atol=1e-3).item()  # else this shows nothing
+
+
+def test_brackets_in_names(tmp_path: Path) -> None:
+    """mlx-lm takes a folder's name for a pattern of names."""
+    source = copy_of(E00 / "target", tmp_path / "models [old]" / "mine [a-z]")
+    same_tokens(convert(source, tmp_path / "out [new]"))
+
+
+def test_python_of_a_folder_is_neither_run_nor_copied(
+    with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "executed"
+    (with_tokenizer / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    settings = with_tokenizer / "tokenizer_config.json"
+    values = {**json.loads(settings.read_text()), "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    settings.write_text(json.dumps(values))
+    out = convert(with_tokenizer, tmp_path / "out")
+    assert not (out / "own.py").exists() and not marker.exists()
+    capsys.readouterr()
+    config = with_tokenizer / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_file": "own.py"}))
+    found = error_of(capsys, "target", str(with_tokenizer), "--out", str(tmp_path / "other"))
+    assert "own.py" in found and not marker.exists()
+
+
+def test_what_is_converted_loads(
+    with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged tokenizer is found here, and not by those who are given the folder."""
+    for name, text, message in (
+        ("tokenizer.json", "{}", "the tokenizer in"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("tokenizer_config.json", "[1]", "must hold a JSON object"),
+        ("config.json", "version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    ):
+        source = tmp_path / "damaged"
+        shutil.copytree(with_tokenizer, source)
+        (source / name).write_text(text)
+        found = error_of(capsys, "target", str(source), "--out", str(tmp_path / "out"))
+        assert message in found and str(source) in found and "/out" not in found
+        shutil.rmtree(source)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["hf"]
+
+
+def test_an_index_that_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copy_of(E00 / "target", tmp_path / "hf")
+    index = source / "model.safetensors.index.json"
+    run = ["target", str(source), "--out", str(tmp_path / "out")]
+    for where, message in (
+        ({"x.weight": "model.safetensors"}, "names tensors that its shards lack: x.weight"),
+        ({"x.weight": "model-00002-of-00002.safetensors"}, "shards that are missing: model-00002"),
+        ({"x.weight": "../secret.safetensors"}, "points outside its folder"),
+        ({"x.weight": str(tmp_path / "secret.safetensors")}, "points outside its folder"),
+        ({"x.weight": ".."}, "shards that are missing"),
+        ({"x.weight": ""}, "shards that are missing"),
+        ({"x.weight": 5}, "shards that are missing"),
+        ({}, "has no weight_map"),
+        ([], "has no weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": where}))
+        assert message in error_of(capsys, *run)
+    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
+
+
+def test_links_in_a_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copy_of(E00 / "target", tmp_path / "hf")
+    out = tmp_path / "out"
+    for name in ("config.json", "model.safetensors"):
+        kept = (source / name).rename(tmp_path / name)
+        (source / name).symlink_to(source / name)
+        assert "error: no " in error_of(capsys, "target", str(source), "--out", str(out))
+        (source / name).unlink()
+        kept.rename(source / name)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    circle = str(tmp_path / "circle")
+    assert "no target at" in error_of(capsys, "target", circle, "--out", str(out))
+    assert f"--out {circle}" in error_of(capsys, "target", str(source), "--out", circle)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["circle", "hf"]

@@ -80,10 +80,7 @@ def test_more_layers_than_tensors(folder: Path) -> None:
 def test_too_large_dequantized_is_refused_before_it_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
-    module = importlib.import_module("redrafter_mlx.loading.load")
-    monkeypatch.setattr(module, "memory_bytes", lambda: 1000)
+    monkeypatch.setattr("redrafter_mlx.loading.memory.memory_bytes", lambda: 1000)
     with pytest.raises(ValueError, match="too large for this CPU"):
         load(change(folder, quantization={"bits": 4, "group_size": 64}))
 

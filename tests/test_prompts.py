@@ -80,6 +80,10 @@ def test_the_system_message_goes_first_unless_there_is_one() -> None:
         ('{"prompt": "x", "max_tokens": 3}', "'max_tokens'"),
         ('{"prompt": "x", "temperature": 1, "stop": []}', "'stop', 'temperature'"),
         ('{"prompt": "x", "messages": []}', "messages and prompt"),
+        ('{"prompt": "x", "prompt": "y"}', "'prompt' stands twice"),
+        ('{"prompt": "\\ud83d"}', "character 0 is the lone surrogate U\\+D83D"),
+        ('{"messages": [{"role": "user", "content": "\\udc00"}]}', '"content" must be UTF-8'),
+        ('["x"]', "one JSON value a line"),
         ("[", "not an array"),
         ("[" * 100_000, "not JSON"),
     ],
@@ -87,6 +91,11 @@ def test_the_system_message_goes_first_unless_there_is_one() -> None:
 def test_nothing_in_a_line_is_ignored(tmp_path: Path, line: str, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         read_requests(_file(tmp_path, line))
+
+
+def test_a_folder_is_no_file_of_prompts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder"):
+        read_requests(tmp_path)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -312,6 +312,7 @@ def test_text_given_keeps_several_answers_to_a_prompt(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_target_asks_itself(tmp_path: Path) -> None:
     """A random target writes nonsense, but finished, new and excluded questions are told apart."""
     made = generator(tmp_path, rows=16)

@@ -1,7 +1,7 @@
 """SwiGLU and attention through `mx.power(2, x)` (see `exponentials`), for the models of one target.
 
-mlx-lm's models call `swiglu` and `scaled_dot_product_attention` by name. A target's own modules are given copies of
-the methods that do, in which the names stand for the functions below; mlx-lm and its other models stay as they are.
+mlx-lm's models call `swiglu` and `scaled_dot_product_attention` by name. The methods that do are copied for the modules
+of one target, and in the copies these names refer to the functions below. mlx-lm and its other models are unchanged.
 
 Letters: N rows, T positions, D head size.
 """
@@ -18,8 +18,8 @@ from mlx_lm.models import activations, base
 
 from .exponentials import LOG2_E
 
-_NEVER = -1e30  # a score that weighs nothing
-_FEW = 4000  # exponentials; below, mlx-lm's single operation is faster
+_NEVER = -1e30  # a score whose weight is 0
+_FEW = 4000  # exponentials; for fewer, mlx-lm's single operation is faster
 
 _their_swiglu = activations.swiglu
 _their_attention = base.scaled_dot_product_attention
@@ -41,7 +41,7 @@ def attention(  # noqa: PLR0913  (mlx-lm's signature)
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """softmax(scale queries keys^T) values. (B, heads, N, D), keys and values (B, their heads, T, D).
+    """softmax(scale queries keys^T) values: queries (B, heads, N, D); keys and values (B, key heads, T, D).
 
     Takes the place of mlx-lm's `scaled_dot_product_attention`, whose softmax makes verified rows expensive on a CPU.
     """
@@ -70,7 +70,7 @@ _OURS: dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]] = {
 
 
 def replace_functions(model: nn.Module) -> None:
-    """Have the modules of `model` take `swiglu` and attention from here, by giving them subclasses of their classes."""
+    """Replace `swiglu` and attention in the modules of `model`, by giving each a subclass of its class."""
     subclasses: dict[type, type] = {}
     for module in model.modules():
         kind = type(module)
@@ -81,7 +81,7 @@ def replace_functions(model: nn.Module) -> None:
 
 
 def _subclass(kind: type) -> type:
-    """`kind` with those methods rebound to ours that name one of mlx-lm's functions; `kind` itself if none does."""
+    """A subclass of `kind` whose methods call the functions above instead of mlx-lm's; `kind` itself if none does."""
     rebound = {}
     for base_class in reversed(kind.__mro__):
         for name, method in vars(base_class).items():
@@ -90,7 +90,7 @@ def _subclass(kind: type) -> type:
                 if ours:
                     rebound[name] = _with_globals(method, ours)
                 else:
-                    rebound.pop(name, None)  # overridden by a method that needs nothing
+                    rebound.pop(name, None)  # overridden by a method that calls neither
     return type(kind.__name__, (kind,), rebound) if rebound else kind
 
 

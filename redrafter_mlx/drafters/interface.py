@@ -1,4 +1,4 @@
-"""What the decode step asks of a drafter, and what a drafter may ask of the target.
+"""The interfaces between the decode step, a drafter and the target.
 
 Letters: L beam length counting the root, H hidden size, C context size, V vocabulary.
 """
@@ -20,7 +20,7 @@ Embed = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """All that a draft is made from; on the device, and not yet known to the host."""
+    """The inputs of a draft: arrays on the device, whose values the host does not know yet."""
 
     context: mx.array
     """(C,) of the last committed token"""
@@ -29,11 +29,11 @@ class Seen:
     noise: mx.array | None
     """(L-1, V) temperature times the target's own noise at the drafted positions; None when greedy"""
     position: mx.array | None = None
-    """() int32, where the root stands; None where a draft is only timed or replayed"""
+    """() int32, position of the root in the text; None where a draft is only timed or replayed"""
 
 
 class TargetView(Protocol):
-    """What a drafter may ask of its target; see `redrafter_mlx.target.Target`."""
+    """The part of `redrafter_mlx.target.Target` that a drafter may use."""
 
     name: str
     hidden_size: int
@@ -51,39 +51,41 @@ class TargetView(Protocol):
 
 
 class TextDrafter(Protocol):
-    """A drafter at work on one text."""
+    """A drafter's state for one text."""
 
     def draft(self, seen: Seen, beam: Beam) -> Candidates:
-        """Queue the work of a draft and return what it will offer; waits for nothing."""
+        """Queue the computation of a draft and return its candidates without waiting for them."""
 
     def keep(self, tokens: Sequence[int]) -> None:
-        """Take note of the tokens that a step has committed."""
+        """Record the tokens that a step has committed."""
 
 
 class Drafter(Protocol):
-    """A kind of drafter with its weights; one a model, shared by all texts."""
+    """A drafter with its weights. A model has one, which all texts share."""
 
     config: Any
     """a dataclass with `to_dict`, `model_type`, and `target`, the model it was made for"""
+    source: str
+    """what its tokens are called in statistics, as in `recurrent`"""
 
     @property
     def needs_text(self) -> bool:
-        """True: drafts after the host has read the path. False: the draft is queued before."""
+        """True if it drafts after the host has read the accepted path; False if its drafts can be queued before."""
 
     @property
     def max_width(self) -> int:
-        """Widest beam that it can search."""
+        """Maximum beam width that it can search."""
 
     @property
     def max_length(self) -> int | None:
-        """Longest beam, the root counted, that it can search; None: any."""
+        """Maximum beam length that it can search, the root counted; None for any."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that one level of a draft reads."""
 
     def attach(self, target: TargetView) -> None:
-        """Take the target to draft for: check sizes, take what is shared with it, lay final weights out.
+        """Set the target to draft for: check sizes, share its weights, optimize the layout of final weights.
 
         Raises:
             ValueError: it was made for another target.
@@ -93,7 +95,7 @@ class Drafter(Protocol):
         """Begin a text: `tokens` are its prompt."""
 
     def parameters(self) -> Any:
-        """Its weights, as `nn.Module` has them."""
+        """Its weights, as `nn.Module.parameters` returns them."""
 
     def cost_key(self) -> dict[str, Any]:
-        """What the seconds of a draft depend on."""
+        """Properties on which the seconds of a draft depend, for the name of the file of measured costs."""

@@ -25,7 +25,8 @@ from redrafter_mlx.files import (
 
 from .config import shown
 from .interface import Drafter
-from .recurrent import MODEL_TYPE, RecurrentDrafter, quantize
+from .quantization import quantize
+from .recurrent import MODEL_TYPE, RecurrentDrafter
 
 WEIGHTS = "model.safetensors"
 
@@ -44,7 +45,7 @@ def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> Drafter:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: all missing, superfluous and misshapen tensors in one message; weights that are no numbers; a
+        ValueError: all missing, superfluous and misshapen tensors in one message; weights that are not finite; a
             reduced vocabulary with tokens that the target does not have.
     """
     folder = Path(path)
@@ -71,10 +72,10 @@ def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> Drafter:
 
 
 def load_recurrent(path: str | Path, dtype: mx.Dtype | None = None) -> RecurrentDrafter:
-    """`load_drafter` where only a recurrent drafter will do: for training and export.
+    """`load_drafter` for training and export, which need a recurrent drafter.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_drafter`; or a drafter of another kind.
+        FileNotFoundError, ValueError: as `load_drafter`; also for a drafter of another kind.
     """
     drafter = load_drafter(path, dtype)
     if not isinstance(drafter, RecurrentDrafter):
@@ -83,7 +84,7 @@ def load_recurrent(path: str | Path, dtype: mx.Dtype | None = None) -> Recurrent
 
 
 def build_drafter(made: Any, config: Any, weights: dict[str, mx.array], where: str) -> nn.Module:
-    """The module for a config, its tensors compared with those there are before any of them is made.
+    """Build the module for a config and compare its tensors with the file's before any memory is taken for them.
 
     Raises:
         ValueError: see `load_drafter`.
@@ -102,10 +103,10 @@ def build_drafter(made: Any, config: Any, weights: dict[str, mx.array], where: s
 
 
 def check_values(drafter: nn.Module, weights: dict[str, mx.array], config: Any, where: str) -> None:
-    """Check what the shapes do not show: dtypes, finite weights, a vocabulary that the target has.
+    """Check what shapes do not show: dtypes, that weights are finite, that the target has the reduced vocabulary.
 
     Raises:
-        ValueError: the first tensor that is wrong.
+        ValueError: names the first tensor that is wrong.
     """
     expected = named_weights(drafter)
     for name, array in weights.items():

@@ -230,6 +230,14 @@ class KVCache:
             if layer.window is not None
         )
 
+    def settle(self) -> None:
+        """Set going what is still to be written: left as it is, only the thread that asked for it could compute it.
+
+        Raises:
+            RuntimeError: another thread did.
+        """
+        mx.async_eval(self.arrays())
+
     def arrays(self) -> list[mx.array]:
         """Every buffer, to be evaluated together."""
         return [array for layer in self.layers for array in layer.arrays()]
