@@ -45,7 +45,8 @@ def export_drafter(folder: str, out: Path, options: ExportOptions, report: Repor
     if config.context_layers:
         raise ValueError(
             f"{folder} reads the target's layers {list(config.context_layers)}; Apple's format "
-            "knows the last hidden state only"
+            "knows the last hidden state only. A drafter that can be exported is trained with "
+            "`redrafter train --context-layers none`"
         )
     if config.quantization:
         report("the weights are quantized: they are exported as rounded")

@@ -397,4 +397,5 @@ def test_export_refuses_what_apples_format_cannot_say(
     assert "--target is needed" in error_of(capsys, "export", str(tmp_path / "factored"), *out)
     found = error_of(capsys, "export", str(tmp_path / "layers"), *out)
     assert "reads the target's layers [0, 1]" in found
+    assert "is trained with `redrafter train --context-layers none`" in found
     assert not (tmp_path / "out").exists()

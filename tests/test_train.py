@@ -20,22 +20,20 @@ from redrafter_mlx.drafters.recurrent import DrafterConfig, RecurrentDrafter
 from redrafter_mlx.stats import Stats
 from redrafter_mlx.target import Target
 from redrafter_mlx.train.calibrate import calibrate
+from redrafter_mlx.train.checkpoint import METRICS
 from redrafter_mlx.train.corpus import Corpus, WindowShape
-from redrafter_mlx.train.data import save_shard, shard_path
-from redrafter_mlx.train.generate import Answer
-from redrafter_mlx.train.loss import (
-    Batch,
-    Objective,
-    batch_loss,
-    cross_entropy,
-    cross_entropy_of_head,
-    depth_features,
-)
+from redrafter_mlx.train.export import export
+from redrafter_mlx.train.initial import new_drafter
+from redrafter_mlx.train.loss import Batch, Objective
 from redrafter_mlx.train.prompts import is_held_out
 from redrafter_mlx.train.replay import replay
-from redrafter_mlx.train.run import Request, Shape, default_exit_dim, export, make_trainer
+from redrafter_mlx.train.request import Inputs, Request, Shape, default_exit_dim
+from redrafter_mlx.train.rows import Answer
+from redrafter_mlx.train.run import check_target, make_trainer
 from redrafter_mlx.train.scaling import Scaling
-from redrafter_mlx.train.trainer import METRICS, Settings, Trainer, new_drafter
+from redrafter_mlx.train.settings import Settings
+from redrafter_mlx.train.shards import list_shards, save_shard, shard_path
+from redrafter_mlx.train.trainer import Trainer
 from redrafter_mlx.tree import Beam
 
 from .toy import HIDDEN, VOCAB, make_drafter, make_target
@@ -111,130 +109,6 @@ def trainer(target: Target, data: Path, out: Path, **changes: Any) -> Trainer:
 
 def a_batch(data: Path, depths: int = 3) -> Batch:
     return next(Corpus([data]).epoch(0, 0, WindowShape(3, 8, depths)))
-
-
-# --- objective ---------------------------------------------------------------------------------
-
-
-def test_cross_entropy_by_hand() -> None:
-    """Two rows over three tokens; logits ln 1, ln 2, ln 5 and ln 4, ln 4, ln 8."""
-    features = mx.array([[0.0, math.log(2), math.log(5)], [math.log(4), math.log(4), math.log(8)]])
-    probs = mx.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    mass = probs.sum(axis=1, keepdims=True)
-    loss, gradient, normalizers = cross_entropy(features, mx.eye(3), probs, mass, mx.array([[1.0], [2.0]]))
-    np.testing.assert_allclose(np.array(normalizers[:, 0]), [math.log(8), math.log(16)], atol=1e-5)
-    # row 1: -(ln 1/8 + ln 2/8) / 2 = 1.732868; row 2: -ln 8/16 = 0.693147, twice
-    assert loss.item() == pytest.approx(1.732868 + 2 * 0.693147, abs=1e-5)
-    want = [[1 / 8 - 0.5, 2 / 8 - 0.5, 5 / 8], [2 * 4 / 16, 2 * 4 / 16, 2 * (8 / 16 - 1)]]
-    np.testing.assert_allclose(np.array(gradient), np.array(want), atol=1e-5)
-
-
-@pytest.mark.parametrize("block", [1 << 20, 4 * 9 * 2])
-def test_gradients_are_those_of_the_plain_formula(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("redrafter_mlx.train.loss.LOGIT_BYTES", block)  # one block, or two rows each
-    mx.random.seed(0)
-    features, matrix = mx.random.normal((5, 4)), mx.random.normal((9, 4))
-    probs = mx.softmax(mx.random.normal((5, 9)), axis=-1) * mx.array([[1.0], [1], [0.5], [0], [1]])
-    weights = mx.array([0.1, 0.3, 0.2, 0.2, 0.0])
-
-    def plain(x: mx.array, m: mx.array) -> mx.array:
-        logits = x @ m.T
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return -(weights * (probs * logprobs).sum(axis=-1)).sum()
-
-    def blocked(x: mx.array, m: mx.array) -> mx.array:
-        return 3 * cross_entropy_of_head(x, m, probs, weights[:, None])[0]
-
-    want = mx.grad(plain, argnums=(0, 1))(features, matrix)
-    got = mx.grad(blocked, argnums=(0, 1))(features, matrix)
-    teacher = probs @ matrix, probs.sum(axis=1, keepdims=True), weights[:, None]
-    frozen = mx.grad(lambda x: 3 * cross_entropy(x, matrix, *teacher)[0])(features)
-    for loss in (cross_entropy(features, matrix, *teacher)[0], blocked(features, matrix) / 3):
-        assert loss.item() == pytest.approx(plain(features, matrix).item(), rel=1e-5)
-    for mine, theirs in zip((*got, frozen), (*want, want[0]), strict=True):
-        np.testing.assert_allclose(np.array(mine), 3 * np.array(theirs), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"rnn": False},
-        {"activation": "linear"},
-        {"head": "full"},
-        {"exit_dim": 4 * HIDDEN},  # no input_proj
-        {"num_draft_layers": 0},
-    ],
-)
-def test_training_computes_what_drafting_computes(
-    target: Target, data: Path, changes: dict[str, Any]
-) -> None:
-    batch = a_batch(data)
-    drafter = attached(target, **changes)
-    got = depth_features(drafter, batch, target.embed, 3)
-    for position in (0, 5):
-        hidden = batch.contexts[:, position]
-        tokens = batch.tokens[:, position : position + 3]
-        want = drafter.logits(hidden, tokens, target.embed)
-        for depth in range(3):
-            mine = drafter.head(got[depth][:, position])
-            np.testing.assert_allclose(np.array(mine), np.array(want[:, depth]), atol=1e-4)
-
-
-def test_depths_past_the_end_of_a_text_do_not_count() -> None:
-    batch = Batch(mx.zeros((1, 5, 4)), mx.zeros((1, 5), dtype=mx.int32), mx.array([[3, 1, 0]]))
-    weights = Objective(depths=2, decay=0.5).weights(batch)
-    # depth 0 counts where a token follows, depth 1 where two do; 1 + 1 + 0.5 in all
-    np.testing.assert_allclose(np.array(weights[:, 0]), np.array([[1, 1, 0], [0.5, 0, 0]]) / 2.5)
-
-
-def test_soft_targets_are_the_targets_distribution(target: Target, data: Path) -> None:
-    """A drafter cannot do better than the entropy of what it imitates; hard targets are the token
-    itself."""
-    batch = a_batch(data)
-    drafter = attached(target, draft_vocab_size=None)
-    rows = target.output_rows()
-    losses = {
-        soft: batch_loss(drafter, batch, target.embed, rows, Objective(depths=1, soft=soft)).item()
-        for soft in (0.0, 0.25, 1.0)
-    }
-    features = depth_features(drafter, batch, target.embed, 1)[0]
-    logits = features @ rows.T
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    probs = mx.softmax(batch.contexts[:, 1:9, :HIDDEN] @ rows.T, axis=-1)
-    counted = batch.left > 0
-    soft = -((probs * logprobs).sum(axis=-1) * counted).sum() / counted.sum()
-    token_logprobs = mx.take_along_axis(logprobs, batch.tokens[:, 1:9, None], axis=-1)[..., 0]
-    hard = -(token_logprobs * counted).sum() / counted.sum()
-    assert losses[1.0] == pytest.approx(soft.item(), rel=1e-4)
-    assert losses[0.0] == pytest.approx(hard.item(), rel=1e-4)
-    assert losses[0.25] == pytest.approx(0.25 * soft.item() + 0.75 * hard.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("changes", [{"draft_vocab_size": 30}, {"draft_vocab_size": None, "head": "full"}])
-def test_reach_weighs_a_depth_by_the_drafters_own_guesses(
-    target: Target, data: Path, changes: dict[str, Any]
-) -> None:
-    """Depth 1 counts as much as the drafter believed in the token of depth 0: not at all where it lacks it."""
-    batch = a_batch(data, 2)
-    made = new_drafter(config(**changes), target, Corpus([data]))
-    rows = target.output_rows(made.target_ids())
-    ids = np.arange(VOCAB) if made.target_ids() is None else np.array(made.target_ids())
-    features = depth_features(made, batch, target.embed, 2)
-    weights = np.array(Objective(depths=2).weights(batch))
-    want, reached = 0.0, np.ones(batch.left.shape)
-    for depth in range(2):
-        tokens = np.array(batch.tokens[:, 1 + depth : 1 + depth + batch.left.shape[1]])
-        logprobs = np.array(mx.log(mx.softmax(made.head(features[depth]), axis=-1)))
-        known = np.isin(tokens, ids)
-        column = np.array([[list(ids).index(t) if t in ids else 0 for t in row] for row in tokens])
-        chosen = np.take_along_axis(logprobs, column[..., None], axis=-1)[..., 0]
-        want -= float((weights[depth] * reached * np.where(known, chosen, 0)).sum())
-        reached = reached * np.where(known, np.exp(chosen) ** 0.5, 0)
-    got = batch_loss(made, batch, target.embed, rows, Objective(depths=2, soft=0.0, reach=0.5))
-    assert got.item() == pytest.approx(want, rel=1e-4)
-    with pytest.raises(ValueError, match="reach must be between 0 and 1, not 2"):
-        Objective(reach=2)
 
 
 # --- corpus ------------------------------------------------------------------------------------
@@ -347,23 +221,34 @@ def test_a_run_can_go_on_from_a_drafter(target: Target, data: Path, tmp_path: Pa
     second.mkdir()
     (second / "data").symlink_to(data)
     request = Request(second, start_from=first, settings=replace(SETTINGS, epochs=1, learning_rate=1e-5))
-    made = make_trainer(target, request)
+
+    def started(request: Request) -> Trainer:
+        inputs = Inputs.read(request)
+        check_target(target, request, inputs)
+        return make_trainer(target, request, inputs, list_shards(data))
+
+    made = started(request)
     made.run()
+    third = tmp_path / "third"
     records = [json.loads(line) for line in (second / METRICS).read_text().splitlines()]
     last = json.loads((first / METRICS).read_text().splitlines()[-1])
     assert abs(records[0]["tokens_per_step"] - last["tokens_per_step"]) < 0.2
-    wider = make_trainer(target, replace(request, vocabulary=60, out=second))
+    wider = started(replace(request, vocabulary=60, out=third))
     assert wider.drafter.config.draft_vocab == 60 and wider.coverage > made.coverage
-    assert f"covers {wider.coverage:.1%} of the text" in wider.estimate()
-    everything = make_trainer(target, replace(request, vocabulary=0, out=second))
+    assert f"covers {wider.coverage:.1%} of the text" in wider.summary()
+    everything = started(replace(request, vocabulary=0, out=third))
     assert everything.drafter.config.draft_vocab == VOCAB and everything.coverage == 1
     with pytest.raises(ValueError, match="has a full head, made for the vocabulary it has"):
-        make_trainer(target, replace(request, vocabulary=40, start_from=full_headed(target, tmp_path)))
+        started(replace(request, vocabulary=40, out=third, start_from=full_headed(target, tmp_path)))
     earlier = load_recurrent(second).config.training["earlier"]
     assert [run["epochs"] for run in earlier] == [20]
     assert "| before that, run 1 |" in (second / "README.md").read_text()
+    with pytest.raises(ValueError, match="start_from '[0-9a-f]+' there, None now.*delete .*last.safetensors"):
+        Inputs.read(replace(request, start_from=None))
     with pytest.raises(ValueError, match="does not fit the target"):
-        make_trainer(make_target("qwen2"), replace(request, start_from=other_drafter(tmp_path)))
+        started(replace(request, out=third, start_from=other_drafter(tmp_path)))
+    with pytest.raises(ValueError, match=r"reads the target's layers \[0, 2\], not \[1\]"):
+        started(replace(request, out=third, context_layers=(1,)))
 
 
 def full_headed(target: Target, folder: Path) -> Path:
@@ -373,7 +258,7 @@ def full_headed(target: Target, folder: Path) -> Path:
 
 
 def other_drafter(folder: Path) -> Path:
-    config_ = config(vocab_size=VOCAB + 1, draft_vocab_size=None, head="full")
+    config_ = config(vocab_size=VOCAB + 1, draft_vocab_size=None, head="full", context_layers=())
     save_drafter(RecurrentDrafter(config_), folder / "other")
     return folder / "other"
 
@@ -483,7 +368,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     before = final_weights(tmp_path)
     made = trainer(target, data, tmp_path)
     made.rows = made.rows * math.nan
-    with pytest.raises(ValueError, match="the loss became nan at step 5"):
+    with pytest.raises(
+        ValueError, match="the loss became nan at step 5: try a smaller.*delete .*last.safetens"
+    ):
         made.run()
     for name, array in final_weights(tmp_path).items():
         np.testing.assert_array_equal(array, before[name])
@@ -491,11 +378,78 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
 
 def test_other_settings_or_data_are_refused(target: Target, data: Path, tmp_path: Path) -> None:
     trainer(target, data, tmp_path).run(stop_after=5)
-    with pytest.raises(ValueError, match="written with other settings"):
+    with pytest.raises(
+        ValueError, match="other options or data: seed 0 there, 1 now.*delete .*last.safetensors"
+    ):
         trainer(target, data, tmp_path, seed=1).run()
+    corpus = Corpus([data])
+    for changes in ({"exit_dim": 96}, {"num_draft_layers": 2}, {"draft_vocab_size": 41}):
+        other = new_drafter(config(**changes), target, corpus, 0)
+        with pytest.raises(ValueError, match=f"{list(changes)[0]} .* there"):
+            Trainer(other, target, corpus, tmp_path, SETTINGS).run()
+    with pytest.raises(ValueError, match=f"positions {corpus.num_positions} there, "):
+        fewer = Corpus([data], limit=600)
+        Trainer(new_drafter(config(), target, fewer, 0), target, fewer, tmp_path, SETTINGS).run()
     plain = attached(make_target("llama"), context_layers=())
     with pytest.raises(ValueError, match="contexts of size 96, the drafter needs 32"):
         Trainer(plain, target, Corpus([data]), tmp_path, SETTINGS)
+
+
+def test_settings_may_change_until_the_first_step(target: Target, data: Path, tmp_path: Path) -> None:
+    """Then nothing is lost by training anew, and the metrics are those of the new run alone."""
+    trainer(target, data, tmp_path, learning_rate=1.0).run(stop_after=0)
+    trainer(target, data, tmp_path).run(stop_after=5)
+    records = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 5]
+
+
+def test_metrics_after_the_checkpoint_are_made_again(target: Target, data: Path, tmp_path: Path) -> None:
+    """A crash between the two files, or within a line, leaves each validation in the metrics once."""
+    trainer(target, data, tmp_path).run(stop_after=5)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write(json.dumps({"step": 10}) + '\n{"ste')
+    trainer(target, data, tmp_path).run(stop_after=5)
+    records = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 5, 10] and records[-1]["loss"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 64, b"\x02\0\0\0\0\0\0\0{}"], ids=["empty", "zeros", "bare"]
+)
+def test_a_checkpoint_that_is_none_is_named(
+    target: Target, data: Path, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "last.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="last.safetensors is"):
+        trainer(target, data, tmp_path).run()
+
+
+def test_states_that_are_not_finite_are_blamed_on_the_text(
+    target: Target, data: Path, tmp_path: Path
+) -> None:
+    made = trainer(target, data, tmp_path)
+    shard = made.corpus.shards[0]
+    contexts = np.array(shard.contexts)
+    contexts[:] = np.inf
+    made.corpus.shards[0] = replace(shard, contexts=contexts)
+    with pytest.raises(
+        ValueError, match="hidden states of the text hold values that are not finite; delete .*data"
+    ):
+        made.run()
+
+
+def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(
+    target: Target, tmp_path: Path
+) -> None:
+    corpus = Corpus([write_corpus(tmp_path / "data", target, 6, 4)])
+    assert corpus.num_positions < 32
+    with pytest.raises(
+        ValueError,
+        match=rf"{corpus.num_positions} tokens in 2 shards .* takes 32 in windows of 8 .* at least 64",
+    ):
+        Trainer(new_drafter(config(), target, corpus, 0), target, corpus, tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="3 answers have at most 24 tokens, and one batch takes 32"):
+        Inputs.read(Request(tmp_path / "out", num_answers=3, max_tokens=8, settings=SETTINGS))
 
 
 def test_early_stopping(target: Target, data: Path, tmp_path: Path) -> None:
@@ -510,7 +464,22 @@ def test_early_stopping(target: Target, data: Path, tmp_path: Path) -> None:
         (lambda: Objective(depths=0), "depths must be at least 1, not 0"),
         (lambda: Objective(soft=2.0), "soft must be between 0 and 1, not 2.0"),
         (lambda: Objective(decay=0.0), r"decay must be in \(0, 1\], not 0.0"),
-        (lambda: Settings(epochs=0), "epochs must be positive, not 0"),
+        (lambda: Settings(epochs=0), "epochs must be positive and finite, not 0"),
+        (lambda: Settings(epochs=math.inf), "epochs must be positive and finite, not inf"),
+        (lambda: Settings(learning_rate=math.nan), "learning_rate must be positive and finite, not nan"),
+        (lambda: Settings(patience=-1), "patience must be 0 or more, not -1"),
+        (lambda: Settings(seed=-1), "seed must be 0 or more, not -1"),
+        (lambda: Shape(exit_dim=0), "exit_dim must be at least 1, not 0"),
+        (lambda: Shape(num_draft_layers=-1), "residual blocks must be 0 or more, not -1"),
+        (
+            lambda: Request(Path("o"), disk_budget=math.inf),
+            "disk budget must be positive and finite, not inf",
+        ),
+        (lambda: Request(Path("o"), bits=3), "bits must be 4 or 8, not 3"),
+        (lambda: Request(Path("o"), vocabulary=-1), "--draft-vocab must be 0 .all. or more, not -1"),
+        (lambda: Request(Path("o"), context_layers=(1, 1)), r"different and 0 or more, not \[1, 1\]"),
+        (lambda: Request(Path("o"), max_tokens=0), "max_tokens must be at least 1, not 0"),
+        (lambda: Request(Path("o"), minutes=5), "answers .* or a time .*, not both"),
         (lambda: Settings(warmup=1.0), r"warmup must be in \[0, 1\), not 1.0"),
     ],
 )
@@ -519,9 +488,9 @@ def test_bad_settings(make: Any, message: str) -> None:
         make()
 
 
-def test_the_estimate_is_stated(target: Target, data: Path, tmp_path: Path) -> None:
-    text = trainer(target, data, tmp_path).estimate()
-    assert f"{Corpus([data]).num_positions} positions" in text and "GB" in text and "min at" in text
+def test_the_size_of_a_run_is_stated(target: Target, data: Path, tmp_path: Path) -> None:
+    text = trainer(target, data, tmp_path).summary()
+    assert f"{Corpus([data]).num_positions:,} positions" in text and "GB" in text
 
 
 @pytest.mark.parametrize(

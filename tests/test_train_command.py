@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -107,6 +108,20 @@ def test_killed_twice_it_ends_as_if_never_killed(
         (["--prompts", "missing.jsonl"], "prompts: no file missing.jsonl"),
         (["--context-layers", "a"], "--context-layers must be auto, none or numbers"),
         (["--context-layers", "7"], "context_layers must lie in 0..2"),
+        (["--context-layers", "1,1"], "context_layers must be different and 0 or more"),
+        (["--quantize", "3"], "--quantize must be 4 or 8 bits, or 0 for none, not 3"),
+        (["--draft-vocab", "-1"], "--draft-vocab must be 0 (all) or more, not -1"),
+        (["--epochs", "inf"], "epochs must be positive and finite, not inf"),
+        (["--start-from", "nowhere"], "--start-from: no drafter at nowhere"),
+        (["--push-to-hub", "a/b/c"], "--push-to-hub must be owner/name"),
+        (["--push-to-hub", "me/drafter"], "--push-to-hub me/drafter needs a login"),
+        (
+            ["--self-prompt", "2", "--max-tokens", "8"],
+            "there is too little text to train on: 2 answers",
+        ),
+        (["--loss", "mse"], "--loss must be one of kl, tv, lk, gumbel, not 'mse'"),
+        (["--depth-weights", "flat"], "--depth-weights must be one of decay, dpace, not 'flat'"),
+        (["--loss", "tv", "--soft", "0.5"], "soft 0.5 is for the loss kl; tv has its own mixture"),
         (["--soft", "2"], "soft must be between 0 and 1, not 2.0"),
         (["--batch", "100"], "--batch must be a multiple of 32, not 100"),
         (["--start-from", "d", "--exit-dim", "64"], "--start-from keeps that drafter's shape"),
@@ -114,13 +129,20 @@ def test_killed_twice_it_ends_as_if_never_killed(
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
 ) -> None:
-    out = tmp_path / "out"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    out = tmp_path / "deep" / "out"
     assert main([*arguments(folder, out), *extra]) == 2
     error = capsys.readouterr().err
     assert f"error: {message}" in error.replace("\n", " ") and "Traceback" not in error
-    assert not list(out.glob("*.safetensors"))
+    assert not out.parent.exists()
 
 
 def test_text_of_an_earlier_run_gives_the_same_states(folder: Path, tmp_path: Path) -> None:
@@ -234,6 +256,7 @@ def test_the_drafter_goes_to_the_hub(
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
     command = [*arguments(folder, tmp_path / "out"), "--epochs", "1", "--push-to-hub", "me/drafter"]
     assert main(command) == 0
     assert calls == [("me/drafter", True), ("me/drafter", ["README.md", "config.json", "model.safetensors"])]
@@ -251,3 +274,86 @@ def test_a_target_without_a_chat_template(
     (plain / "tokenizer_config.json").write_text(json.dumps(settings))
     assert main(arguments(plain, tmp_path / "out")) == 2
     assert "error: the target has no chat template" in capsys.readouterr().err
+
+
+def test_the_second_training_in_a_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "apps", *arguments(folder, out)]
+    code = f"""
+import sys, time
+from pathlib import Path
+from redrafter_mlx.train.lock import locked_folder
+with locked_folder(Path({str(out)!r})):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    pipe = subprocess.PIPE
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+    assert owner.stdin is not None and owner.stdout is not None
+    assert owner.stdout.readline() == "locked\n"
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert f"error: another training (process {owner.pid}) is running in {out}" in refused.stderr
+    assert sorted(path.name for path in out.iterdir()) == [".lock"]
+    owner.stdin.close()
+    owner.wait()
+    assert not out.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_interrupted_it_says_what_is_kept_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C within the first shard, in a log as in a terminal: nothing that was written is lost."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "apps", *arguments(folder, out), "--max-tokens", "400", "--epochs", "1"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("writing"):
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    process.stderr.close()
+    assert process.stdout is not None
+    process.stdout.close()
+    assert "Traceback" not in rest
+    assert f"kept in {out}: " in rest and "The same command goes on" in rest
+    assert list((out / "data").glob("begun-*.npz")) and not (out / ".lock").exists()
+
+
+def test_what_it_says_before_and_after(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How long, what to expect, that so little does not pay; then speed-up and a command that runs as written."""
+    out = tmp_path / "my drafter"
+    assert main([*arguments(folder, out), "--epochs", "1", "--quantize", "8"]) == 0
+    said = capsys.readouterr()
+    before = " ".join(said.err.split())
+    assert "Here, now: writing about 864 tokens takes under a minute, training" in before
+    assert "tokens per step with one beam of 5, by the curve measured" in before
+    assert "warning: this run is too small to pay: about 864 tokens" in before
+    assert "writing 0%: questions 0/15" in before and "training 100%" in before
+    assert "x plain decoding" in said.out and "the same tokens" in said.out
+    for name in ("float16", "8bit"):
+        card = (out / name / "README.md").read_text()
+        line = card.split("```sh\n")[1].splitlines()[0]
+        assert (f"Use it: {line}\n" in said.out) == (name == "float16")
+        assert main([*shlex.split(line)[1:], "--max-tokens", "4"]) == 0
+        assert capsys.readouterr().out.strip()
+
+
+def test_minutes_instead_of_a_number_of_answers(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A quarter of a minute less what follows leaves little to write; the same command then finds all done."""
+    out = tmp_path / "out"
+    command = [option for option in arguments(folder, out) if option not in ("--self-prompt", "48")]
+    command += ["--epochs", "1", "--minutes", "0.25", "--validate-every", "1000"]
+    assert main(command) == 0
+    shards = {path.name: path.read_bytes() for path in (out / "data").glob("shard-*.npz")}
+    assert shards and (out / "data" / "clock.json").is_file()
+    assert main(command) == 0
+    assert "holds a training that has begun: going on" in capsys.readouterr().err.replace("\n", " ")
+    assert {path.name: path.read_bytes() for path in (out / "data").glob("shard-*.npz")} == shards
