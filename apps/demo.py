@@ -51,10 +51,13 @@ def demo(
 
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     mark = "in green" if color else "in [brackets]"
-    print(f"\n{asked}\n(drafted by the drafter and accepted by the target: {mark})\n")
     # auto may find that drafting does not pay here; the marks are to be seen all the same
     shown = SHOWN if draft == "auto" else draft
-    mark_drafted(stream_generate(loaded, asked, max_tokens=max_tokens, draft=shown), color)
+    stream = stream_generate(
+        loaded, asked, max_tokens=max_tokens, draft=shown
+    )  # mistakes come before any output
+    print(f"\n{asked}\n(drafted by the drafter and accepted by the target: {mark})\n")
+    mark_drafted(stream, color)
     return _compare(loaded, (asked, *PROMPTS[1:]), [draft, *({shown} - {draft})], max_tokens)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import traceback
@@ -51,9 +52,13 @@ def convert(*arguments: object) -> Result:
 
 
 def convert_within(seconds: float, *arguments: object) -> Result:
-    """`redrafter-convert` in a process of its own, for input with which it might never end."""
+    """`redrafter-convert` in a process of its own, for input with which it might never end, or take all memory."""
     given = [sys.executable, "-m", "convert", *map(str, arguments)]
-    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+
+    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=seconds, preexec_fn=limit)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

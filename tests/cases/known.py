@@ -12,6 +12,9 @@ NAMES = "names are compared in time that grows with their square"
 OUT = "results are written without a look at where, and folders beside themselves"
 TRAIN = "train finds mistakes late, and does not know its own folder"
 
+NOT_EVERY_TIME = {"test_two_trainings_in_one_folder"}
+"""Those of them that go well now and then."""
+
 KNOWN = {
     "test_unclear.py": {
         "test_a_hub_that_refuses": HUB,

@@ -142,7 +142,7 @@ def _torch_file(path: Path, body: bytes, storage: bytes | None = None) -> Path:
     "body",
     [
         b")q\0" + b"h\0h\0\x86q\0" * 60 + b"}h\0K\1s",
-        b"](" + b"N" * 20_000 + b"eq\0ctorch\nSize\nq\1(" + b"h\1h\0\x85R" * 20_000 + b"t",
+        b"](" + b"N" * 40_000 + b"eq\0ctorch\nSize\nq\1(" + b"h\1h\0\x85R" * 40_000 + b"t",
     ],
     ids=["a key whose hash takes 2**60 steps", "copies of copies"],
 )
