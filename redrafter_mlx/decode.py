@@ -161,6 +161,9 @@ class Text:
         self._drafted: _Draft | None = None  # what that tree was built from
         self._offer: Offer | None = None  # and this
         self._merged: Candidates | None = None  # both
+        self._probs: tuple[
+            float, ...
+        ] = ()  # path probabilities of what was looked up, also where that is not offered
         self._noise: mx.array | None = None  # (L, V) of the positions after its root
         self._found: Acceptance | None = None
         self._unread: list[mx.array] = []  # tokens (1,) of plain steps that the host has not read
@@ -214,9 +217,11 @@ class Text:
 
     def _candidates(self, draft: _Draft | None) -> tuple[Candidates | None, int]:
         """All that is offered for this step, and how many rows to verify of it."""
-        offer = self._offer
-        if offer is not None:
-            nodes = self.policy.rows(self._beam, offer.probs)
+        offer, self._offer = self._offer, None
+        self._probs = () if offer is None else tuple(offer.probs)
+        nodes = self.policy.rows(self._beam, self._probs) if self._probs else None
+        if offer is not None and nodes is not None:
+            self._offer = offer
             looked_up = offer.candidates(to_merge=draft is not None)
             if draft is None:
                 return looked_up, min(nodes, 1 + looked_up.num_candidates)
@@ -333,9 +338,8 @@ class Text:
         draft, offer, num_accepted = self._drafted, self._offer, len(tokens) - 1
         nodes, seconds = self._tree.num_nodes, self._elapsed()
         self.sources = [self._source] * num_accepted
-        looked_up: tuple[float, ...] | None = None if self._lookup is None else ()
+        looked_up = None if self._lookup is None else self._probs
         if offer is not None:
-            looked_up = tuple(offer.probs)
             count = num_matching(offer.tokens, offer.parents, tokens[:-1])
             self.sources[:count] = ["lookup"] * count
         if draft is None:

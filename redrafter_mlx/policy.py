@@ -57,8 +57,10 @@ class Policy:
         """
         return False
 
-    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int:
-        """Rows to verify, the root counted, where path probabilities `probs` were looked up beside a draft `beam`."""
+    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int | None:
+        """Rows to verify, the root counted, where path probabilities `probs` were looked up beside a draft `beam`; None
+        where none of them is worth a row, so that merging the two would be in vain.
+        """
         raise NotImplementedError
 
     def observe(self, outcome: Outcome) -> None:
@@ -88,6 +90,6 @@ class Fixed(Policy):
     def awaits(self, probs: Sequence[float]) -> bool:
         return True
 
-    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int:
+    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int | None:
         most = 1 + len(probs) + (0 if beam is None else beam.most_nodes - 1)
         return min(self.beam.nodes or MAX_NODES, most)

@@ -225,12 +225,15 @@ class Auto(Policy):
         _, rate = self._best_rows(np.array(probs), self.learned.table.waiting)
         return rate * verify[1] > self.settings.margin
 
-    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int:
-        draft, worth = 0.0, np.zeros(0)
-        if beam is not None:
-            draft, worth = self.learned.table.draft_seconds(beam.width, beam.length), self.model.worth
-        nodes, _ = self._best_rows(np.concatenate([worth, probs]), self.learned.table.waiting + draft)
-        return nodes if beam is None else max(nodes, beam.nodes or 2)
+    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int | None:
+        if beam is None:
+            nodes, _ = self._best_rows(np.array(probs), self.learned.table.waiting)
+            return None if nodes == 1 else nodes
+        worth = self.model.worth
+        seconds = self.learned.table.waiting + self.learned.table.draft_seconds(beam.width, beam.length)
+        nodes = max(self._best_rows(np.concatenate([worth, probs]), seconds)[0], beam.nodes or 2)
+        is_least = nodes - 2 < worth.size and max(probs) <= worth[nodes - 2]
+        return None if is_least else nodes
 
     def _best_rows(self, probs: np.ndarray, seconds: float) -> tuple[int, float]:
         """The N of most tokens per second for candidates of these path probabilities, and how many those are; 1 where
