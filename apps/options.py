@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,6 +68,34 @@ MinPOption = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
+RepetitionPenaltyOption = Annotated[
+    float,
+    typer.Option(
+        help="Divide the logits of tokens that were there already by this (1: do not).",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+
+
+def _models(help: str, *names: str) -> Any:
+    """An option whose default is the model's own."""
+    return typer.Option(*names, help=f"{help} Default: the model's own.", rich_help_panel=_SAMPLING)
+
+
+ModelsTemperatureOption = Annotated[
+    float | None,
+    _models("Sampling temperature; 0 always takes the most likely token.", "--temperature", "-t"),
+]
+ModelsTopPOption = Annotated[
+    float | None, _models("Sample from the most likely tokens up to this total probability (1: all).")
+]
+ModelsTopKOption = Annotated[int | None, _models("Sample from the k most likely tokens (0: all).")]
+ModelsMinPOption = Annotated[
+    float | None, _models("Drop tokens less likely than this share of the most likely one (0: none).")
+]
+ModelsRepetitionPenaltyOption = Annotated[
+    float | None, _models("Divide the logits of tokens that were there already by this (1: do not).")
+]
 MaxTokensOption = Annotated[int, typer.Option(help="Maximum tokens to generate.")]
 StopOption = Annotated[
     list[str] | None,
@@ -77,18 +106,14 @@ KVBitsOption = Annotated[
 ]
 
 
-def generation_options(  # noqa: PLR0913  (the options of every command that writes text)
+def checked_options(
     draft: str,
     max_tokens: int,
     stop: list[str] | None,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    seed: int | None,
+    sampling: dict[str, Any],
     kv_bits: int | None,
 ) -> Options:
-    """The shared options as one value, checked before a model is loaded.
+    """Options with these values of `Sampling`; None leaves one as it is by default.
 
     Raises:
         ValueError: an invalid option.
@@ -97,11 +122,21 @@ def generation_options(  # noqa: PLR0913  (the options of every command that wri
     check_max_tokens(max_tokens)
     for text in stop or ():
         check_text(text, "--stop")
-    from redrafter_mlx import Sampling
     from redrafter_mlx.generation import Options
 
-    sampling = Sampling(temperature, top_p, top_k, min_p, seed)
-    return Options(max_tokens, sampling, draft, tuple(stop or ()), kv_bits=kv_bits)
+    options = Options(max_tokens, draft=draft, stop=tuple(stop or ()), kv_bits=kv_bits)
+    return with_sampling(options, {name: value for name, value in sampling.items() if value is not None})
+
+
+def with_sampling(options: Options, values: dict[str, Any]) -> Options:
+    """The options with another sampling.
+
+    Raises:
+        ValueError: an invalid value.
+    """
+    from redrafter_mlx import Sampling
+
+    return replace(options, sampling=Sampling(**values))
 
 
 def check_draft(draft: str) -> str:
