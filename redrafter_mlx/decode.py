@@ -82,12 +82,14 @@ def prefill(target: Target, text: Text, prompt: Sequence[int], block: int = PREF
     tokens = mx.array(list(prompt), dtype=mx.int32)
     # The head would run over every row of a forward whose logits are asked for, so a long prompt's last token goes
     # alone, as in mlx-lm.
-    body = len(prompt) - 1 if len(prompt) > SHORT_PROMPT else 0
+    body = len(prompt) - 1 if len(prompt) > SHORT_PROMPT or target.depends_on_cut else 0
     for start in range(0, body, block):
         part = tokens[start : min(start + block, body)]
         text.show(target.extend(part, text.cache).run, part)
         mx.eval(text.cache.arrays())
         mx.clear_cache()
+    if body:
+        text.cache.mark()  # where another answer to the same prompt would begin
     verified = target.extend(tokens[body:], text.cache)
     text.show(verified.run, tokens[body:])
     text.begin(verified)
@@ -145,6 +147,7 @@ class Text:
         """(C,) of the last committed token"""
         self.sources: list[str] = []
         """what drafted each of the last step's accepted tokens"""
+        self._branches = target.branches
         self._drafter = None if drafter is None else begin_text(drafter, cache, prompt)
         self._reader = cast(RowReader, self._drafter) if drafter is not None and drafter.needs_rows else None
         self._source = "" if drafter is None else drafter.source
@@ -219,7 +222,13 @@ class Text:
         """All that is offered for this step, and how many rows to verify of it."""
         offer, self._offer = self._offer, None
         self._probs = () if offer is None else tuple(offer.probs)
-        nodes = self.policy.rows(self._beam, self._probs) if self._probs else None
+        if offer is not None and draft is not None and not self._branches:  # one chain, not a tree of two
+            if self.policy.prefers_lookup(draft.beam, self._probs):
+                self._drafted = draft = None
+            else:
+                offer = None
+        beam = None if draft is None else self._beam
+        nodes = self.policy.rows(beam, self._probs) if offer is not None and self._probs else None
         if offer is not None and nodes is not None:
             self._offer = offer
             looked_up = offer.candidates(to_merge=draft is not None)
@@ -290,7 +299,8 @@ class Text:
     def _looked_up(self) -> Offer | None:
         """What the text as the host knows it is likely to go on with, having stood in it before."""
         shape = self.policy.lookup_shape
-        return None if self._lookup is None or shape is None else self._lookup.offer(shape)
+        offer = None if self._lookup is None or shape is None else self._lookup.offer(shape)
+        return offer if offer is None or self._branches else offer.best_path()
 
     def _queued(self, beam: Beam, position: mx.array, low: int, slack: int = 0) -> _Draft:
         assert self._drafter is not None

@@ -63,6 +63,13 @@ class Policy:
         """
         raise NotImplementedError
 
+    def prefers_lookup(self, beam: Beam, probs: Sequence[float]) -> bool:
+        """Whether a chain that was looked up, of path probabilities `probs`, is verified in place of a draft `beam`.
+
+        Asked where a model verifies chains only, and there are two.
+        """
+        return sum(probs) >= (beam.length - 1) / 2
+
     def observe(self, outcome: Outcome) -> None:
         """Record the outcome of a step."""
 

@@ -185,21 +185,25 @@ class Auto(Policy):
 
     Args:
         drafter: None where there is none, and drafts are only looked up.
+        max_width: beams that may be searched at most; 1 for a target that verifies chains only. None: as the drafter.
     """
 
-    def __init__(self, learned: Learned, greedy: bool, drafter: Drafter | None) -> None:
+    def __init__(
+        self, learned: Learned, greedy: bool, drafter: Drafter | None, max_width: int | None = None
+    ) -> None:
         self.learned, self.model, self.settings = learned, learned.modes[greedy], learned.settings
         self.shapes: list[tuple[int, int]] = []
         if drafter is None:
             return
         longest = drafter.max_length or max(self.settings.lengths)
+        widest = min(drafter.max_width, max_width or drafter.max_width)
         self.shapes = [
             (w, length)
             for w in self.settings.widths
             for length in self.settings.lengths
-            if w <= drafter.max_width and length <= longest
+            if w <= widest and length <= longest
         ]
-        width, length = min(self.settings.wide[0], drafter.max_width), min(self.settings.wide[1], longest)
+        width, length = min(self.settings.wide[0], widest), min(self.settings.wide[1], longest)
         self.wide = Beam(width, length, nodes=min(self.settings.first_nodes, 1 + width * (length - 1)))
         all_right = np.zeros((1, length - 1, width)), np.ones(length - 1)
         if self.model.drafted == 0 and self._verdict(*all_right, self.settings.margin) is None:
@@ -224,6 +228,9 @@ class Auto(Policy):
         verify = self.learned.verify
         _, rate = self._best_rows(np.array(probs), self.learned.table.waiting)
         return rate * verify[1] > self.settings.margin
+
+    def prefers_lookup(self, beam: Beam, probs: Sequence[float]) -> bool:
+        return sum(probs) > float(self.model.worth[: (beam.nodes or beam.most_nodes) - 1].sum())
 
     def rows(self, beam: Beam | None, probs: Sequence[float]) -> int | None:
         if beam is None:
