@@ -180,7 +180,7 @@ def _upload(folder: Path, model: str, name: str) -> None:
     from huggingface_hub import HfApi
 
     from redrafter_mlx.drafters.kinds import load_recurrent
-    from redrafter_mlx.train.card import card
+    from redrafter_mlx.train.card import hub_card, index_line
 
     api = HfApi()
     api.create_repo(name, exist_ok=True)
@@ -189,6 +189,10 @@ def _upload(folder: Path, model: str, name: str) -> None:
             (Path(staged) / file.name).symlink_to(file.resolve())
         readme = Path(staged) / "README.md"
         readme.unlink(missing_ok=True)
-        readme.write_text(card(load_recurrent(folder).config, model, name))
-        api.upload_folder(repo_id=name, folder_path=Path(staged))
+        readme.write_text(hub_card(load_recurrent(folder).config, model, name))
+        done = api.upload_folder(repo_id=name, folder_path=Path(staged))
     typer.echo(f"uploaded to https://huggingface.co/{name}")
+    typer.echo(
+        "To have it found by the name of its target, propose this line for "
+        f"redrafter_mlx/assets/drafters/index.json: {index_line(model, name, done.oid)}"
+    )
