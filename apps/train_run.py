@@ -36,6 +36,7 @@ def run_training(model: Model, request: Request, inputs: Inputs, wishes: Wishes)
     """
     from redrafter_mlx.train.run import check_target, make_trainer
 
+    inputs = inputs.with_history(request, model.target, model.tokenizer)
     check_target(model.target, request, inputs)
     with View() as view:
         try:
@@ -131,7 +132,7 @@ def _finish(view: View, model: Model, trainer: Trainer, request: Request, wishes
         plot(out / "metrics.jsonl", out / "metrics.png")
     except ValueError as error:
         view.say(f"no plot: {error}")
-    if request.text is None and request.prompts is None:
+    if not request.has_text and request.prompts is None:
         SavedAnswers.of(shards).save(out / "text.npz")
     copies = [None, request.bits] if request.bits else [None]
     for number, bits in enumerate(copies):

@@ -98,7 +98,7 @@ def test_killed_twice_it_ends_as_if_never_killed(
         (["--loss", "mse"], "--loss must be one of kl, tv, lk, gumbel, not 'mse'"),
         (["--depth-weights", "flat"], "--depth-weights must be one of decay, dpace, not 'flat'"),
         (["--loss", "tv", "--soft", "0.5"], "soft 0.5 is for the loss kl; tv has its own mixture"),
-        (["--text", "text.npz"], "--max-tokens is for answers to be written, and --text text.npz has them"),
+        (["--text", "text.npz"], "--max-tokens is for answers to be written, and text.npz has them"),
         (["--minutes", "5"], "give a number of answers (--self-prompt) or a time (--minutes), not both"),
         (
             ["--max-tokens", "500"],

@@ -64,7 +64,7 @@ def write_data(
         ValueError: see `Generator`.
     """
     asked = inputs.prompts[: request.num_answers]
-    if inputs.text is not None:
+    if inputs.text is not None and inputs.text.asked is None:
         asked = [[{"role": "user", "content": prompt}] for prompt in inputs.text.prompts]
     check_prompts(tokenizer, asked)
     recipe = request.recipe(target.name, target.context_layers, inputs.fingerprint())
