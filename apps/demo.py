@@ -52,10 +52,12 @@ def demo(
     from redrafter_mlx import stream_generate
 
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print(f"\n{asked}\n(accepted by the target: {legend(loaded, color)})\n")
     # auto may find that drafting does not pay here; the marks are to be seen all the same
     shown = SHOWN if draft == "auto" else draft
-    mark_drafted(stream_generate(loaded, asked, max_tokens=max_tokens, draft=shown), color)
+    # mistakes come before any output
+    stream = stream_generate(loaded, asked, max_tokens=max_tokens, draft=shown)
+    print(f"\n{asked}\n(accepted by the target: {legend(loaded, color)})\n")
+    mark_drafted(stream, color)
     return _compare(loaded, (asked, *PROMPTS[1:]), [draft, *({shown} - {draft})], max_tokens)
 
 

@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    drafter = commands.add_parser("drafter", help="a recurrent drafter or a speculator -> a drafter folder")
+    drafter = commands.add_parser(
+        "drafter", help="a recurrent drafter, a speculator or heads -> a drafter folder"
+    )
     drafter.add_argument("src", metavar="SRC", help="folder, file of weights, or owner/name on Hugging Face")
     drafter.add_argument("--target", help="model it drafts for: checked, and recorded in the config")
     drafter.add_argument(

@@ -1,7 +1,7 @@
 """Drafters: other people's checkpoints as folders of ours.
 
 Of a recurrent drafter the sizes come from the tensors: configs of other tools lack the vocabulary or count
-the residual blocks wrongly. Speculators are read by `speculator`.
+the residual blocks wrongly. Drafters of other kinds are read by `published`.
 
 Letters: H hidden size, X exit_dim, V vocabulary, N residual blocks (num_draft_layers).
 """
@@ -16,14 +16,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from redrafter_mlx.drafters.kinds import load_drafter, save_drafter
+from redrafter_mlx.drafters.kinds import KINDS, load_drafter, save_drafter
 from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig, RecurrentDrafter, changed
-from redrafter_mlx.drafters.speculator import Speculator
+from redrafter_mlx.drafters.speculator import SpeculatorConfig
 from redrafter_mlx.files import cast_floating, check_finite, check_weights, named_weights, read_json
 from redrafter_mlx.loading.load import load
 from redrafter_mlx.target import Target
 
 from .names import SETTINGS, Named, translate
+from .published import Source, read_published
 from .source import (
     Report,
     Tensor,
@@ -35,7 +36,7 @@ from .source import (
     output_folder,
     read_weights,
 )
-from .speculator import build_speculator, is_ours, is_speculator, read_speculator
+from .speculator import is_ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def read_drafter(path: Path) -> DrafterSource:
         raise ValueError(
             f"{where} is not a recurrent drafter in a dialect known here: {len(named.unknown)} of "
             f"its tensors have names that no drafter has ({listed}). Known: Apple's, "
-            "TensorRT-LLM's, ModelOpt's, and speculators with their config (docs/converting.md)"
+            "TensorRT-LLM's, ModelOpt's; speculators, Medusa's and Hydra's heads (docs/converting.md)"
         )
     tensors = {ours: weights.tensors[theirs] for ours, theirs in named.ours.items()}
     sizes = _sizes(tensors, where)
@@ -152,12 +153,21 @@ def _sizes(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
 def _without_padding(
     tensors: dict[str, Tensor], sizes: dict[str, Any], vocab: Any
 ) -> tuple[dict[str, Tensor], int]:
-    """Cut the output matrix to the vocabulary: TensorRT-LLM pads it to a multiple of its ranks."""
-    surplus = sizes["vocab_size"] - vocab if isinstance(vocab, int) else 0
+    """Cut the output matrix to the vocabulary: TensorRT-LLM pads it with zeros to a multiple of its ranks.
+
+    Raises:
+        ValueError: what would be cut off are weights.
+    """
+    surplus = sizes["vocab_size"] - vocab if type(vocab) is int and vocab > 0 else 0
     if surplus <= 0:
         return tensors, 0
     name = f"lm_head.{sizes['num_draft_layers']}.weight"
-    return {**tensors, name: as_array(tensors[name])[:vocab]}, surplus
+    rows = as_array(tensors[name])
+    if mx.any(rows[vocab:] != 0).item():
+        raise ValueError(
+            f"config.json says vocab_size {vocab}, and {name} has {len(rows)} rows, of which those after are no padding"
+        )
+    return {**tensors, name: rows[:vocab]}, surplus
 
 
 def _check_floating(tensors: dict[str, Tensor], where: str) -> None:
@@ -183,7 +193,10 @@ def is_converted(path: Path) -> bool:
     """True for a folder of a drafter that loads as it is."""
     where = path / "config.json"
     config = read_json(where) if path.is_dir() and where.is_file() else {}
-    return is_ours(config) or (config.get("model_type") == MODEL_TYPE and "head" in config)
+    kind = config.get("model_type")
+    if kind == MODEL_TYPE:
+        return "head" in config
+    return kind in KINDS and (kind != SpeculatorConfig.model_type or is_ours(config))
 
 
 def convert_drafter(
@@ -199,8 +212,8 @@ def convert_drafter(
         approve: called with the finished folder before that becomes `out`; what it raises keeps `out` as it was.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_drafter`, `read_speculator` and `build_speculator`; or it does
-            not fit the target. `out` is left as it was.
+        FileNotFoundError, ValueError: see `read_drafter` and `published.Source.build`; or it does not fit the
+            target. `out` is left as it was.
     """
     check_output(out, options.force)
     path = locate(source, "drafter")
@@ -210,20 +223,20 @@ def convert_drafter(
         approve(part)
 
 
-def _drafter(path: Path, options: DrafterOptions, report: Report) -> RecurrentDrafter | Speculator:
+def _drafter(path: Path, options: DrafterOptions, report: Report) -> Any:
     """The drafter of a source, with what it is made for in its config."""
-    if is_speculator(path):
-        drafter: RecurrentDrafter | Speculator = _speculator(path, options, report)
-    else:
-        drafter = _recurrent(path, options, report)
-    if options.target is not None:
-        target = load_target(options.target)
+    found = read_published(path)
+    recurrent = _recurrent(path, options, report) if found is None else None
+    target = None if options.target is None else load_target(options.target)
+    drafter: Any = recurrent if found is None else _published(found, target, options, report)
+    if target is not None:
         drafter.attach(target)
         made_for = {"name": target.name, "hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
-        if isinstance(drafter, RecurrentDrafter):
-            drafter.config = changed(drafter.config, embedding_scale=target.embedding_scale, target=made_for)
+        if recurrent is not None:
+            made = changed(recurrent.config, embedding_scale=target.embedding_scale, target=made_for)
         else:
-            drafter.config = replace(drafter.config, target=made_for)
+            made = replace(drafter.config, target=made_for)
+        drafter.config = made
     return drafter
 
 
@@ -238,16 +251,15 @@ def _recurrent(path: Path, options: DrafterOptions, report: Report) -> Recurrent
     return drafter
 
 
-def _speculator(path: Path, options: DrafterOptions, report: Report) -> Speculator:
+def _published(found: Source, target: Target | None, options: DrafterOptions, report: Report) -> Any:
     if options.activation != "silu":
         raise ValueError(
-            f"--activation {options.activation} is for recurrent drafters, and {path} is a speculator"
+            f"--activation {options.activation} is for recurrent drafters, and {found.where} holds: {found.kind}"
         )
-    found = read_speculator(path)
     report(f"{found.where}: {found.kind}, {found.container}")
     for note in found.notes:
         report(note)
-    drafter = build_speculator(found)
+    drafter = found.build(target)
     drafter.load_weights(list(cast_all(named_weights(drafter), dtype_of(options.dtype), found.where).items()))
     return drafter
 

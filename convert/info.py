@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig
 from redrafter_mlx.drafters.speculator import SpeculatorConfig
@@ -15,8 +17,9 @@ from redrafter_mlx.loading.gguf import find_gguf, read_header
 
 from .drafter import DrafterSource, read_drafter
 from .names import translate
+from .published import CONFIGS, Source, described, read_published
 from .source import Tensor, dtype_name, locate, read_weights
-from .speculator import SpeculatorSource, is_ours, is_speculator, read_speculator
+from .speculator import is_ours
 from .verify import costs, megabytes
 
 _FITS = "fits"
@@ -49,10 +52,11 @@ def _described(path: Path) -> dict[str, str]:
         config = read_json(folder / "config.json")
     if config.get("model_type") == MODEL_TYPE and "head" in config:
         return _ours(folder)
-    if is_ours(config):
-        return _our_speculator(folder)
-    if is_speculator(path):
-        return _speculator(read_speculator(path))
+    kind = str(config.get("model_type"))
+    if kind in CONFIGS and (kind != SpeculatorConfig.model_type or is_ours(config)):
+        return _our_other(folder, CONFIGS[kind])
+    if (found := read_published(path)) is not None:
+        return _published(found)
     weights = read_weights(path)
     named = translate(sorted(weights.tensors))
     if not named.unknown:
@@ -88,22 +92,27 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.size * tensor.dtype.size for tensor in tensors.values())
 
 
-def _cost(config: DrafterConfig | SpeculatorConfig, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Which targets it fits, and the bytes that a draft reads; of an embedding it reads a row."""
-    looked_up = "emb" if isinstance(config, SpeculatorConfig) else "d2t"
-    level = _bytes({name: tensor for name, tensor in tensors.items() if looked_up not in name})
-    if isinstance(config, SpeculatorConfig):
-        level //= config.n_predict if not config.tie_weights else 1
-    elif config.head == "factored":
-        rows = f" and {config.draft_vocab:,} of the target's {config.vocab_size:,} output rows"
-        return _fits(config) | {"a drafted level reads": megabytes(level) + rows}
-    return _fits(config) | {"a drafted level reads": megabytes(level)}
+def _cost(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which targets it fits, and the bytes that a drafted level reads; of an embedding it reads a row.
+
+    Args:
+        values: what is known of its config, under our names.
+    """
+    made_for = (values.get("target") or {}).get("name")
+    sizes = f"targets of hidden size {values.get('hidden_size')} and vocabulary {values.get('vocab_size')}"
+    fits = {_FITS: f"{sizes}; made for {made_for}" if made_for else f"{sizes}; for which one is not recorded"}
+    levels = 1 if values.get("tie_weights") else values.get("n_predict") or values.get("num_heads") or 1
+    looked_up = "emb" if "n_predict" in values else "d2t"
+    level = _bytes({name: tensor for name, tensor in tensors.items() if looked_up not in name}) // levels
+    if values.get("head") == "factored":
+        rows = f" and {values['draft_vocab']:,} of the target's {values['vocab_size']:,} output rows"
+        return fits | {"a drafted level reads": megabytes(level) + rows}
+    return fits | {"a drafted level reads": megabytes(level)}
 
 
-def _fits(config: DrafterConfig | SpeculatorConfig) -> dict[str, str]:
-    made_for = config.target.get("name")
-    sizes = f"targets of hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
-    return {_FITS: f"{sizes}; made for {made_for}" if made_for else f"{sizes}; for which one is not recorded"}
+def _values(config: Any) -> dict[str, Any]:
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    return values | ({"draft_vocab": config.draft_vocab} if isinstance(config, DrafterConfig) else {})
 
 
 def _sizes(config: DrafterConfig) -> dict[str, str]:
@@ -118,13 +127,13 @@ def _sizes(config: DrafterConfig) -> dict[str, str]:
 
 def _lines(
     described: dict[str, str],
-    config: DrafterConfig | SpeculatorConfig,
+    values: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     notes: Sequence[str] = (),
     unknown: Sequence[str] = (),
 ) -> dict[str, str]:
     """What is known of a drafter, how many values it has, and what the user should know about it."""
-    lines = {**described, **_cost(config, tensors), "values": _count(tensors.values())}
+    lines = {**described, **_cost(values, tensors), "values": _count(tensors.values())}
     lines |= {f"note {number}": note for number, note in enumerate(notes, 1)}
     return lines | ({"unknown keys": ", ".join(unknown)} if unknown else {})
 
@@ -136,7 +145,7 @@ def _drafter(found: DrafterSource) -> dict[str, str]:
         "files": found.container,
         **_sizes(found.config),
     }
-    return _lines(described, found.config, found.tensors, notes=found.notes)
+    return _lines(described, _values(found.config), found.tensors, notes=found.notes)
 
 
 def _ours(folder: Path) -> dict[str, str]:
@@ -152,37 +161,29 @@ def _ours(folder: Path) -> dict[str, str]:
         "drafted vocabulary": str(config.draft_vocab),
         "quantization": json.dumps(config.quantization),
     }
-    return _lines(described, config, weights.tensors, unknown=unknown)
+    return _lines(described, _values(config), weights.tensors, unknown=unknown)
 
 
-def _speculator_sizes(config: SpeculatorConfig) -> dict[str, str]:
-    return {
-        "hidden size": str(config.hidden_size),
-        "inner size": str(config.inner_size),
-        "vocabulary": str(config.vocab_size),
-        "method": config.method,
-        "drafts": f"up to {config.n_predict} tokens: beam length {config.n_predict + 1}, the root counted",
-        "stages share weights": "yes" if config.tie_weights else "no",
-        "normalizes its input": "yes" if config.scale_input else "no",
-    }
+def _published(found: Source) -> dict[str, str]:
+    described_as = {"kind": found.kind, "files": found.container, **described(found.values)}
+    return _lines(described_as, found.values, found.tensors, notes=found.notes)
 
 
-def _speculator(found: SpeculatorSource) -> dict[str, str]:
-    described = {"kind": found.kind, "files": found.container, **_speculator_sizes(found.config)}
-    return _lines(described, found.config, found.tensors, notes=found.notes)
-
-
-def _our_speculator(folder: Path) -> dict[str, str]:
+def _our_other(folder: Path, made: Any) -> dict[str, str]:
+    """A folder of ours that holds no recurrent drafter; `made` is its config's class."""
     where = folder / "config.json"
-    config, unknown = SpeculatorConfig.from_dict(read_json(where), str(where))
+    config, unknown = made.from_dict(read_json(where), str(where))
     weights = read_weights(folder)
-    described = {
-        "kind": "speculator of redrafter-mlx; loads as it is",
+    described_as = {
+        "kind": f"{_KINDS[made.model_type]} of redrafter-mlx; loads as it is",
         "files": weights.container,
-        **_speculator_sizes(config),
+        **described(_values(config)),
         "quantization": json.dumps(config.quantization),
     }
-    return _lines(described, config, weights.tensors, unknown=unknown)
+    return _lines(described_as, _values(config), weights.tensors, unknown=unknown)
+
+
+_KINDS = {"mlp_speculator": "speculator", "medusa_heads": "Medusa heads", "hydra_heads": "Hydra heads"}
 
 
 def _gguf(path: Path) -> dict[str, str]:

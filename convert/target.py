@@ -24,7 +24,7 @@ from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_mod
 
 from redrafter_mlx.files import check_finite, check_real, read_json, read_safetensors, write_safetensors
 from redrafter_mlx.loading import default_model
-from redrafter_mlx.loading.folder import WEIGHTS, load_tokenizer, map_model, read_config
+from redrafter_mlx.loading.folder import WEIGHTS, load_tokenizer, map_model, read_config, with_ends
 from redrafter_mlx.loading.gguf import find_gguf, load_gguf
 
 from .source import (
@@ -46,7 +46,12 @@ _TEXT_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*",
     "merges.txt", "*.tiktoken", "generation_config.json",
 )  # fmt: skip
-_DRAFTER = "drafter."  # how ModelOpt's names of a drafter's tensors begin
+
+
+_DRAFTERS = ("drafter.", "medusa_head.")
+"""What the names of a drafter's tensors begin with, in the checkpoint of its target: ModelOpt's and Medusa-2's."""
+
+_DRAFTER_KEYS = ("redrafter", "medusa_num_heads", "medusa_num_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,33 +115,27 @@ def _open_gguf(path: Path) -> TargetSource:
     config = {name: value for name, value in config.items() if value is not None}
     config["eos_token_id"] = sorted(tokenizer.eos_token_ids)  # end of text and end of turn
     rope = model.layers[0].self_attn.rope
-    if "rope_scaling" in config and hasattr(rope, "_freqs"):
+    if config.get("rope_scaling", {}).get("type") == "llama3":
         # The file stores each frequency's divisor; a config has one factor, the largest of them.
         dims = config["head_dim"]
         plain = config["rope_theta"] ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
         config["rope_scaling"]["factor"] = round((rope._freqs / plain).max().item(), 4)
     packed = {
-        name: {"group_size": module.group_size, "bits": module.bits}
+        name: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
         for name, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        if "scales" in module
     }
     if packed:
-        bits = Counter(entry["bits"] for entry in packed.values()).most_common(1)[0][0]
-        group_size = next(iter(packed.values()))["group_size"]
-        others = {name: entry for name, entry in packed.items() if entry["bits"] != bits}
-        config["quantization"] = {
-            "group_size": group_size,
-            "bits": bits,
-            "mode": "affine",
-            **others,
-        }
+        common = Counter(tuple(entry.items()) for entry in packed.values()).most_common(1)[0][0]
+        others = {name: entry for name, entry in packed.items() if tuple(entry.items()) != common}
+        config["quantization"] = {**dict(common), **others}
     return TargetSource(model, config, None, tokenizer)
 
 
 def _open_folder(folder: Path, scratch: Path, report: Report) -> TargetSource:
     """Stage the folder in `scratch` as mlx-lm reads it, and map that."""
     config = read_json(folder / "config.json")
-    config.pop("redrafter", None)  # a drafter's settings, beside the model's
+    config = {key: value for key, value in config.items() if key not in _DRAFTER_KEYS}
     (scratch / "config.json").write_text(json.dumps(config))
     if (quantized := folder / "hf_quant_config.json").is_file():
         (scratch / quantized.name).write_text(json.dumps(read_json(quantized)))
@@ -147,7 +146,7 @@ def _open_folder(folder: Path, scratch: Path, report: Report) -> TargetSource:
         found |= _stage(file, scratch / f"model-{number:05d}.safetensors")
     if absent := sorted(listed - found):
         raise ValueError(f"{folder}: its index names tensors that its shards lack: {shortened(absent)}")
-    if drafters := sum(name.startswith(_DRAFTER) for name in found):
+    if drafters := sum(name.startswith(_DRAFTERS) for name in found):
         report(f"{drafters} tensors of a drafter are left out; `redrafter-convert drafter` takes those")
     try:
         model, config = map_model(scratch, read_config(scratch))
@@ -181,13 +180,13 @@ def _stage(file: Path, staged: Path) -> set[str]:
     if file.suffix == ".safetensors":
         _check_finite_files([file], str(file))
         arrays = read_safetensors(file)
-        if not any(name.startswith(_DRAFTER) for name in arrays):
+        if not any(name.startswith(_DRAFTERS) for name in arrays):
             staged.symlink_to(file.resolve())
             return set(arrays)
     else:
         arrays = {name: as_array(tensor) for name, tensor in read_torch(file).items()}
         check_finite(arrays, str(file))
-    kept = {name: array for name, array in arrays.items() if not name.startswith(_DRAFTER)}
+    kept = {name: array for name, array in arrays.items() if not name.startswith(_DRAFTERS)}
     if kept:
         write_safetensors(staged, kept, {"format": "mlx"})
     return set(arrays)
@@ -248,6 +247,7 @@ def _check_reload(part: Path, model: nn.Module, source: str, report: Report) -> 
     """
     try:
         again, config = map_model(part, read_config(part))
+        with_ends(part, config)
         if load_tokenizer(part, config) is None:
             report("there is no tokenizer: prompts can be token ids only")
     except ValueError as error:

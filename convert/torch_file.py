@@ -145,7 +145,8 @@ class _Legacy:
 
 def _short(error: BaseException) -> str:
     """What an error says, on one line and without the file's own lengthy values."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    said = "an offset in it leads nowhere" if isinstance(error, OSError) else str(error)
+    text = " ".join(said.split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 

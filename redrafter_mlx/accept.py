@@ -32,6 +32,12 @@ class Acceptance:
     summary: mx.array
     """(2 + 2L,) int32: num_accepted, next_token, nodes of the path, their tokens; undefined past the path's end"""
 
+    @property
+    def path(self) -> mx.array:
+        """(L,) int32: the nodes of the path, root first; the entries after the first num_accepted + 1 are any nodes."""
+        height = (self.summary.shape[0] - 2) // 2
+        return self.summary[2 : 2 + height]
+
     def read(self) -> tuple[list[int], list[int]]:
         """Wait for the device, once per step: the nodes of the path, root first, and the tokens to emit."""
         values = cast(list[int], self.summary.tolist())

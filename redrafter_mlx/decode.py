@@ -22,7 +22,7 @@ from typing import cast
 import mlx.core as mx
 
 from .accept import Acceptance, accept
-from .drafters.interface import Drafter, Seen
+from .drafters.interface import Drafter, RowReader, Rows, Seen, TextDrafter
 from .drafters.lookup import Lookup, Offer, TextLookup
 from .policy import Outcome, Policy
 from .sampling import Sampler, Sampling
@@ -51,17 +51,48 @@ def decode(target: Target, text: Text) -> Iterator[list[int]]:
     yield text.flush()
 
 
+def begin_text(drafter: Drafter, cache: KVCache, prompt: Sequence[int]) -> TextDrafter:
+    """The drafter at work on a text. One that reads all committed rows goes on where it left off with this cache."""
+    if not drafter.needs_rows:
+        return drafter.start(prompt)
+    reader = _reader(drafter, cache)
+    if reader is None:
+        reader = cast(RowReader, drafter.start(prompt))
+        cache.followers.append(reader)
+    return reader
+
+
+def rows_shown(drafter: Drafter | None, cache: KVCache) -> int:
+    """Positions of `cache` from which a text with this drafter can go on: those whose rows it has been shown, if it
+    reads them. What follows them must be processed again.
+    """
+    if drafter is None or not drafter.needs_rows:
+        return cache.length
+    reader = _reader(drafter, cache)
+    return 0 if reader is None else min(reader.shown, cache.length)
+
+
+def _reader(drafter: Drafter, cache: KVCache) -> RowReader | None:
+    readers = (each for each in cache.followers if getattr(each, "drafter", None) is drafter)
+    return cast("RowReader | None", next(readers, None))
+
+
 def prefill(target: Target, text: Text, prompt: Sequence[int], block: int = PREFILL_BLOCK) -> int:
     """Process what the cache does not hold of the prompt, in blocks; returns the first token the target chose."""
     tokens = mx.array(list(prompt), dtype=mx.int32)
     # The head would run over every row of a forward whose logits are asked for, so a long prompt's last token goes
     # alone, as in mlx-lm.
-    body = len(prompt) - 1 if len(prompt) > SHORT_PROMPT else 0
+    body = len(prompt) - 1 if len(prompt) > SHORT_PROMPT or target.depends_on_cut else 0
     for start in range(0, body, block):
-        target.extend(tokens[start : min(start + block, body)], text.cache)
+        part = tokens[start : min(start + block, body)]
+        text.show(target.extend(part, text.cache).run, part)
         mx.eval(text.cache.arrays())
         mx.clear_cache()
-    text.begin(target.extend(tokens[body:], text.cache))
+    if body:
+        text.cache.mark()  # where another answer to the same prompt would begin
+    verified = target.extend(tokens[body:], text.cache)
+    text.show(verified.run, tokens[body:])
+    text.begin(verified)
     first = text.root
     if not text.is_drafting and text.needs_step:  # a plain step runs while the host looks at the first token
         text.accept(target.verify(text.tree(), text.cache))
@@ -116,7 +147,9 @@ class Text:
         """(C,) of the last committed token"""
         self.sources: list[str] = []
         """what drafted each of the last step's accepted tokens"""
-        self._drafter = None if drafter is None else drafter.start(prompt)
+        self._branches = target.branches
+        self._drafter = None if drafter is None else begin_text(drafter, cache, prompt)
+        self._reader = cast(RowReader, self._drafter) if drafter is not None and drafter.needs_rows else None
         self._source = "" if drafter is None else drafter.source
         self._drafts_late = drafter is not None and drafter.needs_text
         self._lookup: TextLookup | None = None
@@ -131,6 +164,9 @@ class Text:
         self._drafted: _Draft | None = None  # what that tree was built from
         self._offer: Offer | None = None  # and this
         self._merged: Candidates | None = None  # both
+        self._probs: tuple[
+            float, ...
+        ] = ()  # path probabilities of what was looked up, also where that is not offered
         self._noise: mx.array | None = None  # (L, V) of the positions after its root
         self._found: Acceptance | None = None
         self._unread: list[mx.array] = []  # tokens (1,) of plain steps that the host has not read
@@ -184,9 +220,17 @@ class Text:
 
     def _candidates(self, draft: _Draft | None) -> tuple[Candidates | None, int]:
         """All that is offered for this step, and how many rows to verify of it."""
-        offer = self._offer
-        if offer is not None:
-            nodes = self.policy.rows(self._beam, offer.probs)
+        offer, self._offer = self._offer, None
+        self._probs = () if offer is None else tuple(offer.probs)
+        if offer is not None and draft is not None and not self._branches:  # one chain, not a tree of two
+            if self.policy.prefers_lookup(draft.beam, self._probs):
+                self._drafted = draft = None
+            else:
+                offer = None
+        beam = None if draft is None else self._beam
+        nodes = self.policy.rows(beam, self._probs) if offer is not None and self._probs else None
+        if offer is not None and nodes is not None:
+            self._offer = offer
             looked_up = offer.candidates(to_merge=draft is not None)
             if draft is None:
                 return looked_up, min(nodes, 1 + looked_up.num_candidates)
@@ -218,6 +262,7 @@ class Text:
             self.cache.commit(1)
             self.root, self.context = token[0], verified.contexts[0]
             mx.async_eval(token)
+            self.show(verified.contexts, self._tree.tokens)
             self._unread.append(token)
             self.queue_draft(mx.array(position, dtype=mx.int32), position, unread=len(self._unread))
             return
@@ -225,8 +270,17 @@ class Text:
         found = self._found = accept(self._tree, choice)
         mx.async_eval(found.summary)  # apart from the draft, so that the host need not wait for that too
         self.root, self.context = found.next_token, verified.contexts[found.last]
+        if self._reader is not None:
+            path = found.path
+            rows = verified.contexts[path], self._tree.tokens[path]
+            self._reader.observe(Rows(*rows, self.cache.length, found.num_accepted + 1))
         position = self.cache.length + 1
         self.queue_draft(found.num_accepted + position, position, self._tree.height)
+
+    def show(self, contexts: mx.array | None, tokens: mx.array) -> None:
+        """Show the last rows that the cache has committed, (n, C) and (n,), to a drafter that reads all of them."""
+        if self._reader is not None and contexts is not None:
+            self._reader.observe(Rows(contexts, tokens, self.cache.length - tokens.shape[0]))
 
     def queue_draft(self, position: mx.array, low: int, slack: int = 0, unread: int = 0) -> None:
         """Queue the draft of what follows `root`, which stands at `position` () int32, low ... low + slack.
@@ -245,7 +299,8 @@ class Text:
     def _looked_up(self) -> Offer | None:
         """What the text as the host knows it is likely to go on with, having stood in it before."""
         shape = self.policy.lookup_shape
-        return None if self._lookup is None or shape is None else self._lookup.offer(shape)
+        offer = None if self._lookup is None or shape is None else self._lookup.offer(shape)
+        return offer if offer is None or self._branches else offer.best_path()
 
     def _queued(self, beam: Beam, position: mx.array, low: int, slack: int = 0) -> _Draft:
         assert self._drafter is not None
@@ -293,9 +348,8 @@ class Text:
         draft, offer, num_accepted = self._drafted, self._offer, len(tokens) - 1
         nodes, seconds = self._tree.num_nodes, self._elapsed()
         self.sources = [self._source] * num_accepted
-        looked_up: tuple[float, ...] | None = None if self._lookup is None else ()
+        looked_up = None if self._lookup is None else self._probs
         if offer is not None:
-            looked_up = tuple(offer.probs)
             count = num_matching(offer.tokens, offer.parents, tokens[:-1])
             self.sources[:count] = ["lookup"] * count
         if draft is None:

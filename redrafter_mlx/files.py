@@ -82,7 +82,10 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         FileNotFoundError, ValueError: see `check_safetensors`.
     """
     check_safetensors(path)
-    arrays = mx.load(str(path), format="safetensors")
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except RuntimeError as error:  # whatever its parser finds beyond what is checked here
+        raise ValueError(f"{path} cannot be read: {error}") from None
     assert isinstance(arrays, dict)
     return arrays
 
@@ -105,6 +108,11 @@ def check_safetensors(path: Path) -> int:
         entries = None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} is not a safetensors file, or is cut short in its header")
+    if odd := next((name for name in entries if not name.isprintable()), None):
+        raise ValueError(f"{path} is damaged: a tensor is called {odd[:40]!r}")
+    notes = entries.get("__metadata__") or {}  # MLX writes null where there is none
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise ValueError(f"{path}: __metadata__ must be an object of text, not {str(notes)[:60]}")
     spans = sorted(_span(path, name, entry) for name, entry in entries.items() if name != "__metadata__")
     end = 0
     for begin, stop, name in spans:
@@ -127,9 +135,9 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     """
     values = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
-    if dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         known = ", ".join(sorted(_DTYPE_BYTES))
-        raise ValueError(f"{path}: {name} has dtype {dtype!r}; MLX reads {known}")
+        raise ValueError(f"{path}: {name} has dtype {str(dtype)[:40]!r}; MLX reads {known}")
     if not _are_sizes(shape) or not _are_sizes(offsets):
         wrong = f"{str(shape)[:60]} and {str(offsets)[:60]}"
         raise ValueError(f"{path}: {name} must have a shape and data_offsets of whole numbers, not {wrong}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .auto import Auto, Learned, cost_table
-from .decode import Text, decode, prefill
+from .decode import Text, decode, prefill, rows_shown
 from .drafters.history import History
 from .drafters.interface import Drafter, Seen
 from .drafters.lookup import Lookup
@@ -108,10 +108,11 @@ class PromptCache:
         if self.kv is not None and self.kv.bits != kv_bits:
             raise ValueError(f"cache has kv_bits {self.kv.bits}, asked for {kv_bits}")
 
-    def reuse(self, prompt: Sequence[int]) -> int:
-        """Cut the cache back to the longest prefix it shares with `prompt`; returns that prefix's length.
+    def reuse(self, prompt: Sequence[int], drafter: Drafter | None = None) -> int:
+        """Cut the cache back to the longest prefix that it shares with `prompt` and can go back to; returns its length.
 
-        At least one prompt token is left to process: the drafter needs the hidden state of the last one.
+        At least one prompt token is left to process: the drafter needs the hidden state of the last one. One that reads
+        the rows of all positions needs those it has not been shown, because it was off in an earlier turn, once more.
         """
         if self.kv is None:
             return 0
@@ -120,6 +121,8 @@ class PromptCache:
             if mine != theirs:
                 break
             shared += 1
+        depends_on_cut = self.target is not None and self.target.depends_on_cut
+        shared = 0 if depends_on_cut else self.kv.reach(min(shared, rows_shown(drafter, self.kv)))
         if not self.kv.can_trim_to(shared):
             self.kv, self.tokens = None, []
             return 0
@@ -132,12 +135,13 @@ class PromptCache:
         the next thread could not go on with it.
         """
         self.in_use = False
-        surplus = kv.length - len(tokens)
-        if surplus > 0 and not kv.can_trim_to(len(tokens)):
+        kept = kv.reach(min(kv.length, len(tokens)))
+        if not kv.can_trim_to(kept):
             self.kv, self.tokens = None, []
             return
-        kv.trim(max(0, surplus))
         try:
+            kv.trim(kv.length - kept)
+            kv.mark()  # a turn's boundary, where a conversation may be taken up again
             kv.settle()
         except RuntimeError:  # closed in another thread than the one that read the stream
             self.kv, self.tokens = None, []
@@ -158,12 +162,14 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
     """The policy for a `draft` argument: "auto", "off", "WxL", "WxL@N" or a Beam.
 
     Raises:
-        ValueError: none of these, or drafting asked for without a drafter or beyond its size.
+        ValueError: none of these, or drafting asked for without a drafter, beyond its size, or in a way that the target
+            cannot verify.
     """
     drafter = model.drafter
-    if draft == "off" or (draft == "auto" and drafter is None and model.lookup is None):
-        return Off()
-    if drafter is None and model.lookup is None:
+    nothing_to_draft = drafter is None and model.lookup is None
+    if draft == "off" or (draft == "auto" and (nothing_to_draft or not model.target.drafts.chains)):
+        return Off()  # where drafts cannot be verified, that was said when the model was loaded
+    if nothing_to_draft:
         raise ValueError(
             f"draft={str(draft)!r} needs a drafter, and {model.target.name} was loaded without one"
         )
@@ -177,8 +183,9 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
                 )
                 table = cost_table(model.target, drafter, fresh=True, on_measure=lambda: None)
                 model.learned = Learned(table)
-        return Auto(model.learned, greedy, drafter)
+        return Auto(model.learned, greedy, drafter, None if model.target.branches else 1)
     beam = draft if isinstance(draft, Beam) else Beam.parse(draft)
+    _check_verifiable(model.target, beam)
     if drafter is None:
         return Fixed(beam)
     if beam.width > drafter.max_width:
@@ -190,6 +197,21 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
             f"beam length must be at most {drafter.max_length} with this drafter, not {beam.length}"
         )
     return Fixed(beam)
+
+
+def _check_verifiable(target: Target, beam: Beam) -> None:
+    """Check that what is drafted can be verified.
+
+    Raises:
+        ValueError: it cannot; with the reason.
+    """
+    can = target.drafts
+    if not can.chains:
+        raise ValueError(f"draft='{beam}': {target.name} verifies no drafts: {can.reason}")
+    if beam.width > 1 and not can.branches:
+        raise ValueError(
+            f"draft='{beam}' is a tree, and {target.name} verifies chains only, as 1x{beam.length}: {can.reason}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,12 +308,13 @@ def _stream(
 ) -> Iterator[Chunk]:
     cache.check(model.target, options.kv_bits)  # again: another stream may have begun since
     cache.in_use, cache.target = True, model.target
-    reused = cache.reuse(prompt)
+    drafter = None if isinstance(policy, Off) else model.drafter
+    reused = cache.reuse(prompt, drafter)
     with model.lock:
         kv = cache.kv or model.target.new_cache(options.kv_bits)
     kv.reserve(len(prompt) + min(options.max_tokens, RESERVED_TOKENS) + MAX_NODES)
     text = Text(
-        model.target, model.drafter, kv, policy, options.sampling, prompt,
+        model.target, drafter, kv, policy, options.sampling, prompt,
         lookup=model.lookup, max_tokens=options.max_tokens, ends=model.eos_token_ids,
     )  # fmt: skip
     stats = text.stats

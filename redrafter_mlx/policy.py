@@ -57,9 +57,18 @@ class Policy:
         """
         return False
 
-    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int:
-        """Rows to verify, the root counted, where path probabilities `probs` were looked up beside a draft `beam`."""
+    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int | None:
+        """Rows to verify, the root counted, where path probabilities `probs` were looked up beside a draft `beam`; None
+        where none of them is worth a row, so that merging the two would be in vain.
+        """
         raise NotImplementedError
+
+    def prefers_lookup(self, beam: Beam, probs: Sequence[float]) -> bool:
+        """Whether a chain that was looked up, of path probabilities `probs`, is verified in place of a draft `beam`.
+
+        Asked where a model verifies chains only, and there are two.
+        """
+        return sum(probs) >= (beam.length - 1) / 2
 
     def observe(self, outcome: Outcome) -> None:
         """Record the outcome of a step."""
@@ -88,6 +97,6 @@ class Fixed(Policy):
     def awaits(self, probs: Sequence[float]) -> bool:
         return True
 
-    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int:
+    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int | None:
         most = 1 + len(probs) + (0 if beam is None else beam.most_nodes - 1)
         return min(self.beam.nodes or MAX_NODES, most)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,13 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def make(name: str, seed: int = 0) -> nn.Module:
-    """The model of a case, its weights scaled up so that its choices are clear ones."""
+def make(name: str, seed: int = 0, rows: int | None = None) -> nn.Module:
+    """The model of a case, its weights scaled up so that its choices are clear ones; `rows` of its vocabulary."""
     case = CASES[name]
     config: dict[str, Any] = {
         "model_type": case.model_type, "hidden_size": HIDDEN, "num_hidden_layers": case.layers,
         "intermediate_size": INNER, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "rms_norm_eps": 1e-5, "vocab_size": len(byte_tokens()), "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5, "vocab_size": rows or len(byte_tokens()), "max_position_embeddings": 512,
         "head_dim": HEAD_DIM, "rope_theta": 10000.0, "tie_word_embeddings": case.tied, **case.config,
     }  # fmt: skip
     module = importlib.import_module(f"mlx_lm.models.{case.model_type}")
@@ -206,14 +207,24 @@ def tensors_of(model: nn.Module, name: str) -> dict[str, np.ndarray]:
     return out
 
 
-def write(path: Path, name: str, seed: int = 0, kind: str = "F32", **changes: Any) -> nn.Module:
+def write(
+    path: Path,
+    name: str,
+    seed: int = 0,
+    kind: str = "F32",
+    tokenizer: Callable[[gguf.GGUFWriter], int] | None = None,
+    **changes: Any,
+) -> nn.Module:
     """Write a case's GGUF and return its model, whose matrices are rounded as the ggml type `kind` rounds them.
 
-    `changes` are of the metadata's keys; None takes one out.
+    Args:
+        tokenizer: writes another tokenizer than the one of bytes; returns how many tokens it has.
+        changes: of the metadata's keys; None takes one out.
     """
-    case, model = CASES[name], make(name, seed)
+    case = CASES[name]
     arch = case.arch or name
     writer = gguf.GGUFWriter(str(path), arch)
+    model = make(name, seed, (tokenizer or _write_tokenizer)(writer))
     keys: dict[str, Any] = {
         "context_length": 512, "embedding_length": HIDDEN, "block_count": case.layers,
         "feed_forward_length": INNER, "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS,
@@ -230,7 +241,6 @@ def write(path: Path, name: str, seed: int = 0, kind: str = "F32", **changes: An
         }
         if value is not None:
             add[type(value)](f"{arch}.{key}", value)
-    _write_tokenizer(writer)
     number = gguf.GGMLQuantizationType[kind]
     for key, array in tensors_of(model, name).items():
         packed = kind != "F32" and _is_packed(key, array)
@@ -252,7 +262,7 @@ def _is_packed(key: str, array: Any) -> bool:
     return array.ndim > 1 and array.shape[0] > 1 and "ffn_gate_inp" not in key
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _write_tokenizer(writer: gguf.GGUFWriter) -> int:
     tokens = byte_tokens()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -263,3 +273,30 @@ def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
     writer.add_chat_template(TEMPLATE)
+    return len(tokens)
+
+
+def split(path: Path) -> list[Path]:
+    """Turn a file into two parts with its layers in the second, as `llama-gguf-split` names them."""
+    reader = gguf.GGUFReader(str(path))
+    parts = []
+    for number in (0, 1):
+        part = path.with_name(f"{path.stem}-{number + 1:05d}-of-00002.gguf")
+        writer = gguf.GGUFWriter(str(part), "llama")
+        for name, entry in reader.fields.items() if number == 0 else ():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                kind, *items = entry.types
+                writer.add_key_value(name, entry.contents(), kind, items[-1] if items else None)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors:
+            if tensor.name.startswith("blk") == bool(number):
+                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(part)
+    path.unlink()
+    return parts

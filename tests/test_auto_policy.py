@@ -226,7 +226,7 @@ def test_without_a_drafter_a_step_waits_only_where_a_lookup_pays() -> None:
 
 def test_rows_grow_with_what_was_looked_up() -> None:
     policy = Auto(Learned(with_lookup()), True, None)
-    assert policy.rows(None, [0.01]) == 1
+    assert policy.rows(None, [0.01]) is None
     assert policy.rows(None, [0.9, 0.01]) == 2
     assert policy.rows(None, [0.99**n for n in range(1, 17)]) == 16, "as many as the settings allow of 17"
 
@@ -237,8 +237,9 @@ def test_rows_never_fall_short_of_the_draft() -> None:
     policy = policy_of(learned)
     beam = policy.shape()
     assert beam is not None and beam.nodes is not None
-    assert policy.rows(beam, [0.01]) >= beam.nodes
-    assert policy.rows(beam, [0.9**n for n in range(1, 9)]) > beam.nodes
+    assert policy.rows(beam, [0.001]) is None, "every verified candidate of the draft is likelier"
+    few, many = policy.rows(beam, [0.9]), policy.rows(beam, [0.9**n for n in range(1, 9)])
+    assert few is not None and many is not None and many > few >= beam.nodes
 
 
 def test_a_drafter_has_to_pay_beside_the_lookup() -> None:

@@ -453,6 +453,8 @@ def test_what_is_converted_loads(
         ("tokenizer.json", "{}", "the tokenizer in"),
         ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("tokenizer_config.json", "[1]", "must hold a JSON object"),
+        ("generation_config.json", "{", "is not JSON"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be a token's id"),
         ("config.json", "version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     ):
         source = tmp_path / "damaged"
@@ -498,3 +500,53 @@ def test_links_in_a_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no target at" in error_of(capsys, "target", circle, "--out", str(out))
     assert f"--out {circle}" in error_of(capsys, "target", str(source), "--out", circle)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["circle", "hf"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_bare_sentencepiece_tokenizer(kind: str, tmp_path: Path) -> None:
+    """A folder as the first Llama came: PyTorch weights and `tokenizer.model`, with no `tokenizer.json`."""
+    import sentencepiece
+
+    source = copy_of(E00 / "target", tmp_path / "hf", vocab_size=320, bos_token_id=1, eos_token_id=2)
+    arrays = arrays_of(source)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        arrays[name] = np.pad(arrays[name], ((0, 320 - len(arrays[name])), (0, 0)))
+    (source / "model.safetensors").unlink()
+    write_torch(source / "pytorch_model.bin", arrays)
+    (tmp_path / "text").write_text(
+        "the old mill by the river turns and turns\n" * 20 + "a café, 12 + 30 = 42\n"
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(source / "tokenizer"), model_type=kind, vocab_size=320,
+        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    out = convert(source, tmp_path / "out")
+    assert (out / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    tokenizer = load(out, "none").tokenizer
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    assert tokenizer is not None and tokenizer.eos_token_ids == {theirs.eos_id()}
+    for text in ("the river turns", "two  spaces", "日本 🎉", "42\n\nmill"):
+        ids = theirs.encode(text)
+        assert tokenizer.encode(text, add_special_tokens=False) == ids
+        assert tokenizer.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gpt-oss", "MXFP4"), ("qwen3moe", "Q8_0"), ("gemma3", "Q5_0"), ("phi3-long", "F32"), ("qwen2-yarn", "BF16"),
+     ("smollm3", "Q4_1"), ("mixtral", "Q5_1")],
+)  # fmt: skip
+def test_every_kind_of_gguf_keeps_its_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    """Packed experts, MXFP4, layers of different bits, and RoPE scalings that a config can express."""
+    from mlx_lm.utils import load_model
+
+    from tests import ggufs
+
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "cache"))
+    ggufs.write(tmp_path / "m.gguf", name, kind=kind)
+    tokens = mx.array([[5, 9, 40, 7, 8, 3, 100, 260, 17, 17, 30, 4]])
+    want = load_gguf(tmp_path / "m.gguf")[0](tokens)
+    got = load_model(convert(str(tmp_path / "m.gguf"), tmp_path / "out"))[0](tokens)
+    assert mx.array_equal(got, want)

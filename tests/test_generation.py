@@ -127,7 +127,7 @@ def test_a_stream_stays_in_its_thread() -> None:
 
 
 def test_each_turn_in_a_thread_of_its_own() -> None:
-    """Rows that the last step of a turn accepted out of order are moved for the next one, whichever thread has it."""
+    """Rows that a turn's last step accepted out of order are moved for the next turn, whichever thread has that."""
     target = make_target()
     model = Model(target, make_often_right(target))
     for count in range(2, 9):

@@ -111,7 +111,7 @@ def test_a_byte_order_mark_is_not_text(folder: Path, name: str) -> None:
     assert tokens(folder) == want
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_pointer_of_git_lfs_is_called_so(folder: Path, name: str) -> None:
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:5e\nsize 1\n")
     with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
@@ -182,3 +182,26 @@ def test_a_generation_config_that_cannot_be(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": {"a": 1}}))
     with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id must be"):
         load(folder)
+
+
+def head_of(folder: Path) -> mx.array:
+    return load(folder, drafter="none").target.output_rows()
+
+
+def test_a_head_that_is_there_is_not_dropped(folder: Path) -> None:
+    """transformers may leave `tie_word_embeddings` out, and mlx-lm's Llama would take the embedding for the head."""
+    want = head_of(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is False
+    (folder / "config.json").write_text(json.dumps(config))
+    assert mx.array_equal(head_of(folder), want).item()
+    change(folder / "config.json", tie_word_embeddings=True)
+    with pytest.raises(
+        ValueError, match=r"config.json: tie_word_embeddings is true, and lm_head.weight differs"
+    ):
+        load(folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    assert mx.array_equal(head_of(folder), weights["model.embed_tokens.weight"]).item()

@@ -251,6 +251,7 @@ def test_cut_short_anywhere(tmp_path: Path) -> None:
             "header cannot be read",
         ),
         ({"general.alignment": Raw(10, struct.pack("<Q", 64))}, "general.alignment must be a uint32"),
+        ({"a\nb": 5}, r"a tensor or key is called 'a\\nb'"),
         ({"general.alignment": "32"}, "general.alignment must be a uint32"),
         ({"general.alignment": 7}, "general.alignment must be a multiple of 8"),
         ({"llama.attention.head_count": 0}, "llama.attention.head_count must be an integer"),

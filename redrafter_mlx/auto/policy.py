@@ -185,21 +185,25 @@ class Auto(Policy):
 
     Args:
         drafter: None where there is none, and drafts are only looked up.
+        max_width: beams that may be searched at most; 1 for a target that verifies chains only. None: as the drafter.
     """
 
-    def __init__(self, learned: Learned, greedy: bool, drafter: Drafter | None) -> None:
+    def __init__(
+        self, learned: Learned, greedy: bool, drafter: Drafter | None, max_width: int | None = None
+    ) -> None:
         self.learned, self.model, self.settings = learned, learned.modes[greedy], learned.settings
         self.shapes: list[tuple[int, int]] = []
         if drafter is None:
             return
         longest = drafter.max_length or max(self.settings.lengths)
+        widest = min(drafter.max_width, max_width or drafter.max_width)
         self.shapes = [
             (w, length)
             for w in self.settings.widths
             for length in self.settings.lengths
-            if w <= drafter.max_width and length <= longest
+            if w <= widest and length <= longest
         ]
-        width, length = min(self.settings.wide[0], drafter.max_width), min(self.settings.wide[1], longest)
+        width, length = min(self.settings.wide[0], widest), min(self.settings.wide[1], longest)
         self.wide = Beam(width, length, nodes=min(self.settings.first_nodes, 1 + width * (length - 1)))
         all_right = np.zeros((1, length - 1, width)), np.ones(length - 1)
         if self.model.drafted == 0 and self._verdict(*all_right, self.settings.margin) is None:
@@ -225,12 +229,18 @@ class Auto(Policy):
         _, rate = self._best_rows(np.array(probs), self.learned.table.waiting)
         return rate * verify[1] > self.settings.margin
 
-    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int:
-        draft, worth = 0.0, np.zeros(0)
-        if beam is not None:
-            draft, worth = self.learned.table.draft_seconds(beam.width, beam.length), self.model.worth
-        nodes, _ = self._best_rows(np.concatenate([worth, probs]), self.learned.table.waiting + draft)
-        return nodes if beam is None else max(nodes, beam.nodes or 2)
+    def prefers_lookup(self, beam: Beam, probs: Sequence[float]) -> bool:
+        return sum(probs) > float(self.model.worth[: (beam.nodes or beam.most_nodes) - 1].sum())
+
+    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int | None:
+        if beam is None:
+            nodes, _ = self._best_rows(np.array(probs), self.learned.table.waiting)
+            return None if nodes == 1 else nodes
+        worth = self.model.worth
+        seconds = self.learned.table.waiting + self.learned.table.draft_seconds(beam.width, beam.length)
+        nodes = max(self._best_rows(np.concatenate([worth, probs]), seconds)[0], beam.nodes or 2)
+        is_least = nodes - 2 < worth.size and max(probs) <= worth[nodes - 2]
+        return None if is_least else nodes
 
     def _best_rows(self, probs: np.ndarray, seconds: float) -> tuple[int, float]:
         """The N of most tokens per second for candidates of these path probabilities, and how many those are; 1 where

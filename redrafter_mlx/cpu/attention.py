@@ -8,13 +8,13 @@ Letters: N rows, T positions, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
+
+from redrafter_mlx.rebinding import rebind
 
 from .exponentials import LOG2_E
 
@@ -63,52 +63,12 @@ def attention(  # noqa: PLR0913  (mlx-lm's signature)
     return out.reshape(batch, heads, rows, -1)
 
 
-_OURS: dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]] = {
-    "swiglu": (_their_swiglu, swiglu),
-    "scaled_dot_product_attention": (_their_attention, attention),
-}
-
-
 def replace_functions(model: nn.Module) -> None:
     """Replace `swiglu` and attention in the modules of `model`, by giving each a subclass of its class."""
-    subclasses: dict[type, type] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in subclasses:
-            subclasses[kind] = _subclass(kind)
-        if subclasses[kind] is not kind:
-            module.__class__ = subclasses[kind]
-
-
-def _subclass(kind: type) -> type:
-    """A subclass of `kind` whose methods call the functions above instead of mlx-lm's; `kind` itself if none does."""
-    rebound = {}
-    for base_class in reversed(kind.__mro__):
-        for name, method in vars(base_class).items():
-            if isinstance(method, FunctionType):
-                ours = _names_to_replace(method)
-                if ours:
-                    rebound[name] = _with_globals(method, ours)
-                else:
-                    rebound.pop(name, None)  # overridden by a method that calls neither
-    return type(kind.__name__, (kind,), rebound) if rebound else kind
-
-
-def _names_to_replace(method: FunctionType) -> dict[str, Any]:
-    return {
-        name: ours
-        for name, (theirs, ours) in _OURS.items()
-        if name in method.__code__.co_names and method.__globals__.get(name) is theirs
-    }
-
-
-def _with_globals(method: FunctionType, changed: dict[str, Any]) -> FunctionType:
-    copy = FunctionType(
-        method.__code__,
-        {**method.__globals__, **changed},
-        method.__name__,
-        method.__defaults__,
-        method.__closure__,
+    rebind(
+        model,
+        {
+            "swiglu": lambda theirs: swiglu if theirs is _their_swiglu else None,
+            "scaled_dot_product_attention": lambda theirs: attention if theirs is _their_attention else None,
+        },
     )
-    copy.__kwdefaults__ = method.__kwdefaults__
-    return copy

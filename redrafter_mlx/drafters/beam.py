@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from redrafter_mlx.tree import NEVER, Beam, Candidates
 
-from .interface import Seen
+from .interface import Seen, TextDrafter
 from .top_k import top_k
 
 LARGE = 64 << 20
@@ -50,7 +50,9 @@ class Recurrence(Protocol[S]):
         """State after the root. context (C,), root () int32."""
 
     def logits(self, state: S, level: int) -> mx.array:
-        """(1, V) at level 0, (W, V) below: logits for the token after each beam so far; float32."""
+        """(1, V) at level 0, (W, V) below: logits for the token after each beam so far; float32. Below level 0 (1, V)
+        too, where they are the same for all beams.
+        """
 
     def advance(self, state: S, slots: mx.array, tokens: mx.array, level: int) -> S:
         """State after tokens (W,), target ids; token i extends the beam in slot slots[i] of the level before."""
@@ -158,11 +160,12 @@ def _survivors(slots: mx.array) -> mx.array:
 class BeamDrafter(Generic[S]):
     """A mixin that makes a drafter of a module with a `recurrence`, by beam search.
 
-    It has no state of a text: a draft is a function of the last context and the root.
+    It keeps nothing of a text: a draft is a function of the last context and the root. One that does overrides `start`.
     """
 
     source = "recurrent"
     needs_text = False
+    needs_rows: bool = False
     max_length: int | None = None
 
     def recurrence(self) -> Recurrence[S]:
@@ -185,7 +188,7 @@ class BeamDrafter(Generic[S]):
         """
         return None if self.nbytes >= LARGE else 1
 
-    def start(self, tokens: Sequence[int]) -> BeamDrafter[S]:
+    def start(self, tokens: Sequence[int]) -> TextDrafter:
         return self
 
     def draft(self, seen: Seen, beam: Beam) -> Candidates:

@@ -32,6 +32,24 @@ class Seen:
     """() int32, position of the root in the text; None where a draft is only timed or replayed"""
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive committed positions, shown to a drafter that reads all of them; on the device.
+
+    Those of a step are its accepted path, padded to the tree's height, because the host does not know yet how many of
+    them count. The rows after those are void: the next ones that are shown begin behind the last that counted.
+    """
+
+    contexts: mx.array
+    """(n, C)"""
+    tokens: mx.array
+    """(n,) int32, the tokens at these positions"""
+    start: int
+    """the first one's position; all before it have been shown"""
+    count: mx.array | None = None
+    """() int32, 1 ... n: how many count; None: all"""
+
+
 class TargetView(Protocol):
     """The part of `redrafter_mlx.target.Target` that a drafter may use."""
 
@@ -60,6 +78,33 @@ class TextDrafter(Protocol):
         """Record the tokens that a step has committed."""
 
 
+class RowReader(TextDrafter, Protocol):
+    """What `start` of a drafter with `needs_rows` returns. It is shown every committed position, in order, before the
+    draft of what follows them, and stays with the KV cache of the text's target, so that a later text that begins with
+    the same tokens goes on from there.
+    """
+
+    drafter: Any
+    """the `Drafter` that began it"""
+
+    @property
+    def shown(self) -> int:
+        """Positions shown without a gap from 0; of the last ones, those that did not count are overwritten."""
+
+    def observe(self, rows: Rows) -> None:
+        """Take the rows of a step, or of a part of the prompt; waits for nothing.
+
+        Raises:
+            ValueError: they do not begin at a position that was shown, or directly behind the last.
+        """
+
+    def trim(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+
+    def settle(self) -> None:
+        """Set going what is still to be computed, so that another thread can go on with it; see `KVCache.settle`."""
+
+
 class Drafter(Protocol):
     """A drafter with its weights. A model has one, which all texts share."""
 
@@ -71,6 +116,10 @@ class Drafter(Protocol):
     @property
     def needs_text(self) -> bool:
         """True if it drafts after the host has read the accepted path; False if its drafts can be queued before."""
+
+    @property
+    def needs_rows(self) -> bool:
+        """True: reads the contexts of all committed positions, so `start` returns a `RowReader`."""
 
     @property
     def max_width(self) -> int:

@@ -33,8 +33,13 @@ WEIGHTS = "model.safetensors"
 KINDS = {
     MODEL_TYPE: "recurrent:RecurrentDrafter",
     "mlp_speculator": "speculator:Speculator",
+    "medusa_heads": "medusa:Medusa",
+    "hydra_heads": "hydra:Hydra",
 }
 """`model_type` of a config -> module and class, an `nn.Module` that is a `Drafter` and has a `Config`."""
+
+PUBLISHED = {"medusa_num_heads": "Medusa's", "hydra_num_heads": "Hydra's"}
+"""Key of a config that has not been converted -> whose it is. A speculator's has our `model_type`: see there."""
 
 
 def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> Drafter:
@@ -51,6 +56,11 @@ def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> Drafter:
     folder = Path(path)
     where = str(folder / "config.json")
     values = read_json(folder / "config.json")
+    for key, whose in PUBLISHED.items():
+        if key in values:
+            raise ValueError(
+                f"{where} is {whose} as it was published: `redrafter-convert drafter` makes a folder that loads"
+            )
     kind = values.get("model_type", MODEL_TYPE)
     if not isinstance(kind, str) or kind not in KINDS:
         known = ", ".join(sorted(KINDS))

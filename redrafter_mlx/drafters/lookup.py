@@ -94,6 +94,16 @@ class Offer:
     """of the path from the root"""
     height: int
 
+    def best_path(self) -> Offer:
+        """Of all candidates the most probable child of the root, its most probable child, and so on."""
+        path: list[int] = []
+        while children := [
+            n for n, parent in enumerate(self.parents) if parent == (path[-1] if path else -1)
+        ]:
+            path.append(max(children, key=self.probs.__getitem__))
+        probs = [self.probs[node] for node in path]
+        return Offer([self.tokens[node] for node in path], list(range(-1, len(path) - 1)), probs, len(path))
+
     def candidates(self, to_merge: bool = False) -> Candidates:
         """The same on the device, filled up with candidates that are not offered but for a chain by itself, which is
         cut to the rows that are verified, whatever its length.

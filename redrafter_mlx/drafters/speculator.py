@@ -135,6 +135,7 @@ class Speculator(nn.Module, BeamDrafter[State]):
     """The drafter, which is itself the recurrence of its beam search, since it has an embedding of its own."""
 
     Config = SpeculatorConfig
+    source = "speculator"
 
     target_ids: mx.array | None = None
     calibration: Sequence[float] = ()

@@ -32,6 +32,16 @@ OPTIONAL_SIZES = (
 LARGEST = 1 << 24
 """Bound on any size: nothing is built before it is compared with the tensors."""
 
+EPSILONS = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_eps",
+    "norm_epsilon",
+    "layernorm_epsilon",
+)
+"""What families call the number that a normalization adds before its square root."""
+
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -94,9 +104,26 @@ def _check_values(config: dict[str, Any], where: str) -> None:
     if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
         raise ValueError(f"{where}: tie_word_embeddings must be true or false, not {str(tied)[:40]!r}")
     check_token_ids(config, where)
-    theta = config.get("rope_theta", 1.0)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
-        raise ValueError(f"{where}: rope_theta must be a positive number, not {str(theta)[:40]}")
+    _check_numbers(config, where)
+
+
+def _check_numbers(config: dict[str, Any], where: str) -> None:
+    """Check the numbers that the layers compute with.
+
+    Raises:
+        ValueError: one that is none, or with which a model computes nothing useful, by its key.
+    """
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    for key in EPSILONS:
+        value = config.get(key)
+        if value is not None and not (is_number(value) and 0 <= value < 1):
+            raise ValueError(f"{where}: {key} must be a number from 0 to 1, not {str(value)[:40]!r}")
+    theta = config.get("rope_theta", 1e4)
+    if not (is_number(theta) and 1 < theta < 1e30):
+        raise ValueError(f"{where}: rope_theta must be a number greater than 1, not {str(theta)[:40]!r}")
 
 
 def _flatten(out: dict[str, Any], given: dict[str, Any], model_type: str, where: str) -> None:

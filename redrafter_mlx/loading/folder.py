@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import tokenizer_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from redrafter_mlx.device import on_gpu
-from redrafter_mlx.files import check_real, check_safetensors, read_json
+from redrafter_mlx.files import check_real, check_safetensors, read_json, read_safetensors
 
 from .config import check_token_ids, eos_token_ids, normalize_config
 from .memory import check_fits
@@ -28,10 +29,12 @@ NOT_READ = {
     "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "fbgemm_fp8": "FP8", "hqq": "HQQ", "aqlm": "AQLM",
     "eetq": "EETQ", "quanto": "Quanto", "higgs": "HIGGS", "vptq": "VPTQ", "spqr": "SpQR", "torchao": "TorchAO",
 }  # fmt: skip
-"""`quant_method` of a config -> its name, where neither mlx-lm nor this project reads the weights."""
+"""`quant_method` of a config -> its name, where neither mlx-lm nor this project reads the weights; of AWQ mlx-lm reads
+those of 4 bits as AutoAWQ's "gemm" lays them out. It takes GPTQ's, which lie otherwise, for the same."""
 
 WEIGHTS = "model*.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_USED = (*_TOKENIZERS, "merges.txt", "vocab.txt")
 _OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEXT_ENDINGS = (".json", ".txt", ".jinja")
 _ENDINGS = (*_TEXT_ENDINGS, ".model", ".tiktoken")
@@ -48,12 +51,7 @@ def load_folder(folder: Path) -> tuple[nn.Module, TokenizerWrapper | None, dict[
     _check_memory(folder, config)
     model, config = map_model(folder, config)
     tokenizer = load_tokenizer(folder, config)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        settings = read_json(generation)
-        check_token_ids(settings, str(generation))
-        config["eos_token_id"] = sorted(eos_token_ids(config, settings))
-    return model, tokenizer, config
+    return model, tokenizer, with_ends(folder, config)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,7 +62,55 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = normalize_config(read_json(folder / "config.json"), str(folder / "config.json"))
     _check_weights(folder, config)
-    return config
+    return _with_head(folder, config)
+
+
+def _with_head(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config, which says that the output head is not the embedding where the weights hold a head of its own.
+
+    transformers leaves out of a config what is its class's default, and that is not always mlx-lm's, which would drop
+    the head without a word.
+
+    Raises:
+        ValueError: the config says that they are one, and the weights that they are not.
+    """
+    tied = config.get("tie_word_embeddings")
+    if tied is False:
+        return config
+    found: dict[str, mx.array] = {}
+    for file in folder.glob(WEIGHTS):
+        arrays = read_safetensors(file)
+        found |= {
+            name: arrays[name] for name in ("lm_head.weight", "model.embed_tokens.weight") if name in arrays
+        }
+    if len(found) < 2:
+        return config
+    head, embedding = found["lm_head.weight"], found["model.embed_tokens.weight"]
+    is_one = (
+        head.shape == embedding.shape
+        and head.dtype == embedding.dtype
+        and mx.array_equal(head, embedding).item()
+    )
+    if tied and not is_one:
+        raise ValueError(
+            f"{folder / 'config.json'}: tie_word_embeddings is true, and lm_head.weight differs from "
+            "model.embed_tokens.weight"
+        )
+    return config if is_one else {**config, "tie_word_embeddings": False}
+
+
+def with_ends(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the tokens that end a text by the folder's `generation_config.json` too.
+
+    Raises:
+        ValueError: that file is damaged.
+    """
+    generation = folder / "generation_config.json"
+    if not generation.is_file():
+        return config
+    settings = read_json(generation)
+    check_token_ids(settings, str(generation))
+    return {**config, "eos_token_id": sorted(eos_token_ids(config, settings))}
 
 
 def _check_weights(folder: Path, config: dict[str, Any]) -> None:
@@ -92,7 +138,8 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     if "quantization" in config or not isinstance(quantization, dict):
         return
     method = quantization.get("quant_method")
-    if isinstance(method, str) and method in NOT_READ:
+    reads = method == "awq" and (quantization.get("bits"), quantization.get("version", "gemm")) == (4, "gemm")
+    if isinstance(method, str) and method in NOT_READ and not reads:
         raise ValueError(
             f"{folder} holds {NOT_READ[method]} weights, which cannot be read: take the model's original weights, or "
             "a version quantized by mlx-lm"
@@ -169,7 +216,7 @@ def _staged_tokenizer(folder: Path) -> Iterator[Path]:
         for file in sorted(folder.iterdir()):
             if file.suffix not in _ENDINGS or file.name == "config.json" or not file.is_file():
                 continue
-            if file.name in (*_TOKENIZERS, *_OBJECTS):
+            if file.name in (*_USED, *_OBJECTS) or file.suffix == ".jinja":
                 check_real(file)
             if file.name in _OBJECTS:
                 (staged / file.name).write_text(json.dumps(_settings(file)))
@@ -201,7 +248,7 @@ def _without_mark(file: Path) -> bytes | None:
     """
     if file.suffix not in _TEXT_ENDINGS:
         return None
-    used = file.name in (*_TOKENIZERS, "merges.txt", "vocab.txt") or file.suffix == ".jinja"
+    used = file.name in _USED or file.suffix == ".jinja"
     with file.open("rb") as opened:
         marked = opened.read(len(_MARK)) == _MARK
     if not used and not marked:

@@ -23,7 +23,7 @@ from redrafter_mlx.drafters.kinds import load_drafter
 from redrafter_mlx.drafters.lookup import Lookup
 from redrafter_mlx.drafters.precision import choose_precision
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
-from redrafter_mlx.files import DTYPES, cast_floating, named_weights
+from redrafter_mlx.files import DTYPES, cast_floating, check_finite, named_weights
 from redrafter_mlx.generation import Model
 from redrafter_mlx.target import Target
 
@@ -66,10 +66,10 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     model, tokenizer, config, name = _load_any(str(target), revision)
-    _check_finite(model, str(target))
+    check_finite(named_weights(model), str(target))
     _prepare(model, dtype)
     if dtype == "float16":
-        _check_finite(model, f"{target} in float16, whose largest number is 65504,")
+        check_finite(named_weights(model), f"{target} in float16, whose largest number is 65504")
     wrapped = Target(model, name, max_length(config))
     ends = set(eos_token_ids(config))
     if tokenizer is not None:
@@ -93,7 +93,7 @@ def _attached(folder: Path, target: Target) -> Drafter:
     # on a GPU the target's dtype: products of two 16-bit dtypes would be computed in float32
     drafter = load_drafter(folder, dtype=target.dtype if on_gpu() else mx.float32)
     assert isinstance(drafter, nn.Module)
-    _check_finite(drafter, str(folder))
+    check_finite(named_weights(drafter), str(folder))
     drafter.attach(target)
     if isinstance(drafter, RecurrentDrafter):
         choose_precision(drafter, target)
@@ -116,27 +116,6 @@ def _load_any(
     if not path.is_dir():
         raise FileNotFoundError(f"no target at {target!r}: give {ACCEPTS}, or owner/name on Hugging Face")
     return *load_folder(path), Path(target).name
-
-
-def _check_finite(module: nn.Module, where: str) -> None:
-    """Check that every floating weight is a number; of quantized ones their scales are.
-
-    Raises:
-        ValueError: one is NaN or infinite, by the tensor's name.
-    """
-    weights = {
-        name: array
-        for name, array in named_weights(module).items()
-        if mx.issubdtype(array.dtype, mx.floating)
-    }
-    finite = mx.stack([mx.all(mx.isfinite(array)) for array in weights.values()]).tolist()
-    assert isinstance(finite, list)
-    bad = [name for name, is_finite in zip(weights, finite, strict=True) if not is_finite]
-    if bad:
-        more = f" (and {len(bad) - 1} more tensors)" if len(bad) > 1 else ""
-        raise ValueError(
-            f"{where} is damaged: {bad[0]}{more} holds values that are not finite (NaN or infinity)"
-        )
 
 
 def _prepare(model: nn.Module, dtype: str | None) -> None:

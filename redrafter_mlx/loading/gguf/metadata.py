@@ -41,7 +41,7 @@ class Metadata:
         return value
 
     def _refuse(self, key: str, value: Any, rule: str) -> ValueError:
-        return ValueError(f"{self.path}: {self.architecture}.{key} must be {rule}, not {str(value)[:60]}")
+        return ValueError(f"{self.path}: {self.architecture}.{key} must be {rule}, not {str(value)[:60]!r}")
 
     def has(self, key: str) -> bool:
         """True where the architecture has this key."""
@@ -103,7 +103,7 @@ def _check_texts(values: dict[str, Any], path: Path) -> None:
     for key, value in values.items():
         rule = _broken_rule(key, value)
         if rule is not None:
-            raise ValueError(f"{path}: {key} must be {rule}, not {str(value)[:60]}")
+            raise ValueError(f"{path}: {key} must be {rule}, not {str(value)[:60]!r}")
     count = len(values.get("tokenizer.ggml.tokens", ()))
     for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
         if key in values and len(values[key]) != count:

@@ -21,6 +21,7 @@ UINT32 = 4  # types of values in the metadata
 STRING, ARRAY = 8, 9
 MAX_DEPTH = 8  # of arrays in each other
 MAX_DIMENSIONS = 4
+LONGEST_NAME = 256
 
 # ggml type id -> (name, values per block, bytes per block)
 TENSOR_TYPES = {
@@ -58,6 +59,10 @@ class GGUFHeader:
     """of the bytes before the weights, and of each file's size and time: another file has another one"""
 
 
+class _NoName(Exception):
+    """A name that cannot be one."""
+
+
 class _Cursor:
     """Reads values one after the other.
 
@@ -79,6 +84,17 @@ class _Cursor:
 
     def string(self) -> str:
         return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+
+    def name(self) -> str:
+        """A string that is a name: of characters that can be shown.
+
+        Raises:
+            _NoName: it is none.
+        """
+        name = self.string()
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise _NoName(f"a tensor or key is called {name[:40]!r}")
+        return name
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
@@ -166,6 +182,8 @@ def _read_file(path: Path) -> GGUFHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(_Cursor(data), path)
+    except _NoName as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     except (EOFError, KeyError, OverflowError, MemoryError, struct.error):
         raise ValueError(f"{path} is cut short or damaged: its header cannot be read") from None
 
@@ -179,9 +197,9 @@ def _parse(cursor: _Cursor, path: Path) -> GGUFHeader:
     num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
     metadata: dict[str, Any] = {}
     for _ in range(num_values):
-        key, kind = cursor.string(), cursor.scalar("I")
+        key, kind = cursor.name(), cursor.scalar("I")
         if key in metadata:
-            raise ValueError(f"{path} holds the metadata key {key[:80]} twice")
+            raise ValueError(f"{path} holds the metadata key {key} twice")
         metadata[key] = cursor.value(kind)
         if key == "general.alignment" and kind != UINT32:
             raise ValueError(
@@ -212,24 +230,22 @@ def _tensors(
     unreadable: dict[str, str] = {}
     spans: list[tuple[int, int, str]] = []
     for _ in range(count):
-        name, dimensions = cursor.string(), cursor.scalar("I")
+        name, dimensions = cursor.name(), cursor.scalar("I")
         if dimensions > MAX_DIMENSIONS:
-            raise ValueError(
-                f"{path}: {name[:80]} has {dimensions} dimensions, at most {MAX_DIMENSIONS} can be"
-            )
+            raise ValueError(f"{path}: {name} has {dimensions} dimensions, at most {MAX_DIMENSIONS} can be")
         shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1] or (1,)
         kind, offset = cursor.scalar("I"), cursor.scalar("Q")
         type_name, block, size = TENSOR_TYPES.get(kind, (f"type {kind}", 1, 0))
         if size == 0:
             unreadable.setdefault(type_name, name)
         if name in tensors:
-            raise ValueError(f"{path} holds the tensor {name[:80]} twice")
+            raise ValueError(f"{path} holds the tensor {name} twice")
         if 0 in shape or shape[-1] % block or math.prod(shape) >= 1 << 48:
-            raise ValueError(f"{path}: {name[:80]} of type {type_name} cannot have the shape {shape}")
+            raise ValueError(f"{path}: {name} of type {type_name} cannot have the shape {shape}")
         tensors[name] = (shape, type_name)
         spans.append((offset, offset + math.prod(shape) // block * size, name))
     if unreadable:
-        listed = ", ".join(f"{kind} ({name[:80]})" for kind, name in sorted(unreadable.items()))
+        listed = ", ".join(f"{kind} ({name})" for kind, name in sorted(unreadable.items()))
         known = ", ".join(name for name, _, _ in TENSOR_TYPES.values())
         raise ValueError(f"{path} holds tensor types that cannot be read: {listed}; known are {known}")
     return tensors, spans
