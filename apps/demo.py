@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
+from .console import write_answer
 from .piped import read_prompt
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def mark_drafted(stream: Iterable[Chunk], color: bool) -> None:
         if chunk.text and chunk.from_draft != inside:
             print(begin if chunk.from_draft else end, end="")
             inside = chunk.from_draft
-        print(chunk.text, end="", flush=True)
+        write_answer(chunk.text)
     print(end if inside else "", end="\n\n", flush=True)
 
 

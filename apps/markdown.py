@@ -8,11 +8,12 @@ anything else the source is shown.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich.cells import cell_len
+
+from .console import visible
 
 RESET = "\x1b[0m"
 BOLD, DIM, ITALIC, GREEN, CYAN = "1", "2", "3", "32", "36"
@@ -23,13 +24,6 @@ LONGEST_WORD = 24
 _MARKS = "*_`"
 _MARKER = re.compile(r"(\*\*|__|`|\*|_)")
 _LIST_ITEM = re.compile(r"(?:[-*+]|\d{1,3}[.)])$")
-
-
-def visible(text: str) -> str:
-    """The text without control characters, by which it could move the cursor or worse; line ends and tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(c if c in "\n\t" or not unicodedata.category(c) == "Cc" else "\ufffd" for c in text)
 
 
 @dataclass
