@@ -26,7 +26,7 @@ test: $(STAMP) ## all tests
 	$(BIN)/python -m pytest -q
 
 quick: $(STAMP) ## the tests of a minute
-	$(BIN)/python -m pytest -q -m "not slow and not real and not network"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not real and not network"
 
 check: $(STAMP) ## what must pass before a change lands: lint, format, types, import contract, all tests
 	$(BIN)/ruff check .
@@ -38,11 +38,12 @@ check: $(STAMP) ## what must pass before a change lands: lint, format, types, im
 
 # What differs between a GPU and a CPU, with and without the faster kernels.
 CORE := tests/test_decode.py tests/test_drafters_beam.py tests/test_drafters_precision.py \
-	tests/test_drafters_recurrent.py tests/test_target.py tests/test_target_cache.py
+	tests/test_drafters_recurrent.py tests/test_drafters_recurrent_network.py tests/test_target.py \
+	tests/test_target_cache.py
 
 # Compiled for packing and acceptance only: the C++ compiler takes half an hour for the sampling filters of every shape.
 test-gpu-choices: $(STAMP) ## the core's tests with what is chosen on a GPU
-	REDRAFTER_PRETEND_GPU=1 MLX_DISABLE_COMPILE=1 $(BIN)/python -m pytest -q $(CORE) tests/test_sampling.py \
+	REDRAFTER_PRETEND_GPU=1 MLX_DISABLE_COMPILE=1 $(BIN)/python -m pytest -q $(CORE) tests/test_sampling_*.py \
 		tests/test_tree.py tests/test_accept.py
 	REDRAFTER_PRETEND_GPU=1 $(BIN)/python -m pytest -q tests/test_tree.py tests/test_accept.py
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,15 @@ import typer
 
 from redrafter_mlx.prompts import read_requests
 
-from .options import DEFAULT_MODEL, DrafterOption, DraftOption, ModelOption, check_draft, load_model
+from .options import (
+    DEFAULT_MODEL,
+    DrafterOption,
+    DraftOption,
+    LookupOption,
+    ModelOption,
+    check_draft,
+    load_model,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,9 @@ class Settings:
 
     model: str
     drafter: str | None
+    lookup: bool
     draft: str
+    with_each: bool
     prompts: Path | None
     limit: int | None
     max_tokens: int
@@ -41,6 +51,7 @@ class Settings:
 def bench(  # noqa: PLR0913  (typer: one argument per option)
     model: ModelOption = DEFAULT_MODEL,
     drafter: DrafterOption = None,
+    lookup: LookupOption = True,
     draft: DraftOption = "auto",
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL of prompts; MT-bench's 80 first turns by default.")
@@ -61,6 +72,9 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
             min=16, help="Lengthen every prompt to about this many tokens with other prompts' text."
         ),
     ] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Also run the drafter and what is looked up each alone.")
+    ] = False,
     mlx_lm: Annotated[bool, typer.Option(help="Also run mlx-lm's own stream_generate.")] = True,
     profile: Annotated[
         bool, typer.Option(help="Split a step into draft, verify, accept, keep, host.")
@@ -68,27 +82,30 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
 ) -> None:
     """Measure speculative against plain decoding; the last line is one JSON object."""
-    from redrafter_mlx.files import new_file
+    from redrafter_mlx.files import check_writable, new_file
 
+    if out is not None:
+        check_writable(out, "--out")
     settings = Settings(
-        model, drafter, check_draft(draft), prompts, limit, max_tokens, temperature, top_p, seed, draft_model, context,
-        mlx_lm, profile,
+        model, drafter, lookup, check_draft(draft), each, prompts, limit, max_tokens, temperature, top_p, seed,
+        draft_model, context, mlx_lm, profile,
     )  # fmt: skip
     line = json.dumps(_run(settings))
+    print(line, flush=True)  # first of all: whatever happens to the file, what took minutes is not lost
     if out is not None:
         with new_file(out) as part:
             part.write_text(line + "\n")
-    print(line)
 
 
 def _run(settings: Settings) -> dict[str, Any]:
     from redrafter_mlx import Sampling
+    from redrafter_mlx.drafters.lookup import Lookup
     from redrafter_mlx.measure.compare import MT_BENCH, encoded, mlx_lm_arm, own_arm, spread
     from redrafter_mlx.measure.profile import ops_per_step, profile
 
     sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
-    model = load_model(settings.model, settings.drafter)
-    if model.drafter is None and settings.draft != "off":
+    model = load_model(settings.model, settings.drafter, settings.lookup)
+    if model.drafter is None and model.lookup is None and settings.draft != "off":
         raise ValueError(f"{model.target.name} has no drafter to measure: give one with --drafter")
     requests = spread(read_requests(settings.prompts or MT_BENCH), settings.limit)
     prompts = encoded(model, requests, settings.context)
@@ -96,6 +113,14 @@ def _run(settings: Settings) -> dict[str, Any]:
         "plain": own_arm(model, "off", settings.max_tokens, sampling),
         "drafted": own_arm(model, settings.draft, settings.max_tokens, sampling),
     }
+    if settings.with_each:
+        if model.drafter is None or model.lookup is None:
+            raise ValueError("--each needs a drafter and --lookup: only then are there two to run alone")
+        alone = {
+            "drafter alone": replace(model, lookup=None, learned=None),
+            "lookup alone": replace(model, drafter=None, learned=None, lookup=Lookup()),
+        }
+        arms |= {name: own_arm(m, settings.draft, settings.max_tokens, sampling) for name, m in alone.items()}
     if settings.with_mlx_lm and model.tokenizer is not None:
         arms["mlx_lm"] = mlx_lm_arm(model, settings.max_tokens, sampling)
     if settings.draft_model is not None:
@@ -103,6 +128,7 @@ def _run(settings: Settings) -> dict[str, Any]:
         arms["mlx_lm_speculative"] = mlx_lm_arm(model, settings.max_tokens, sampling, smaller)
     result = _compare(arms, prompts, [request.category for request in requests])
     report = _report(settings, model, result)
+    report["divergences"] = _divergences(model, sampling, prompts, result)
     report["ops_per_step"] = ops_per_step(model, prompts[0], settings.draft, sampling)
     report["plain_ops_per_step"] = ops_per_step(model, prompts[0], "off", sampling)
     if settings.with_profile:
@@ -141,11 +167,8 @@ def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:
 def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
     from redrafter_mlx.measure.machine import machine
     from redrafter_mlx.measure.profile import bytes_per_step
-    from redrafter_mlx.stats import Stats
 
-    drafted = Stats()
-    for run in result.runs["drafted"]:
-        drafted.add(run.stats)
+    drafted = _summed(result, "drafted")
     plain = result.runs["plain"]
     others = [name for name in ("plain", "mlx_lm") if name in result.runs]
     base = max(others, key=lambda name: float(result.rate(name)[1]))
@@ -155,7 +178,8 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         **machine(),
         "model": settings.model,
         "dtype": str(model.target.dtype).removeprefix("mlx.core."),
-        "drafter": settings.drafter or "default",
+        "drafter": settings.drafter or ("default" if model.drafter is not None else None),
+        "lookup": model.lookup is not None,
         "draft": settings.draft,
         "temperature": settings.temperature,
         "prompts": len(plain),
@@ -172,6 +196,8 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         "speedup_total_time": round(result.total("drafted") / result.total(base), 4),
         "tokens_per_step": round(drafted.tokens_per_step, 4),
         "efficiency": round(speedup[1] / drafted.tokens_per_step, 4),
+        "drafted_by_source": drafted.drafted_by_source,
+        "accepted_by_source": drafted.accepted_by_source,
         "accepted_by_depth": [round(share, 4) for share in drafted.acceptance],
         "identical": all(
             a.token_ids == b.token_ids for a, b in zip(plain, result.runs["drafted"], strict=True)
@@ -187,9 +213,52 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         },
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    for name in ("drafter alone", "lookup alone"):
+        if name in result.runs:
+            report[name] = _alone(result, name, base)
     if "mlx_lm_speculative" in result.runs:
         report["mlx_lm_speculative_tokens_per_second"] = round(result.rate("mlx_lm_speculative")[1], 3)
     return report
+
+
+def _summed(result: Any, arm: str) -> Any:
+    from redrafter_mlx.stats import Stats
+
+    total = Stats()
+    for run in result.runs[arm]:
+        total.add(run.stats)
+    return total
+
+
+def _alone(result: Any, arm: str, base: str) -> dict[str, Any]:
+    """The main figures of one more arm."""
+    total = _summed(result, arm)
+    return {
+        "speedup": round(result.ratio(arm, base)[1], 4),
+        "speedup_total_time": round(result.total(arm) / result.total(base), 4),
+        "tokens_per_step": round(total.tokens_per_step, 4),
+        "rows_per_step": round(1 + total.drafted_tokens / total.steps, 3),
+        "identical": all(
+            a.token_ids == b.token_ids for a, b in zip(result.runs["plain"], result.runs[arm], strict=True)
+        ),
+        "categories": {
+            name: round(result.ratio(arm, base, name)[1], 4) for name in sorted(set(result.categories))
+        },
+    }
+
+
+def _divergences(model: Any, sampling: Any, prompts: list[list[int]], result: Any) -> list[dict[str, Any]]:
+    """Where drafted texts part from plain ones: prompt from 0, token, the target's two best tokens, their scores."""
+    from redrafter_mlx.measure.divergence import divergence
+
+    found = []
+    for index, (prompt, plain, drafted) in enumerate(
+        zip(prompts, result.runs["plain"], result.runs["drafted"], strict=True)
+    ):
+        each = divergence(model.target, sampling, prompt, plain.token_ids, drafted.token_ids)
+        if each is not None:
+            found.append({"prompt": index, **asdict(each), "is_float32_tie": each.is_tie})
+    return found
 
 
 def _print_table(result: Any, report: dict[str, Any]) -> None:
@@ -204,7 +273,12 @@ def _print_table(result: Any, report: dict[str, Any]) -> None:
     title = f"{report['model']}, {report['dtype']}, {report['chip']}, draft {report['draft']}"
     header = ("", "tokens/s", "quartiles", f"speed over {report['speedup_over']}")
     print_table(console, title, header, rows)
+    differing = report["divergences"]
+    ties = sum(each["is_float32_tie"] for each in differing)
+    for source, count in report["accepted_by_source"].items():
+        rows_of = report["drafted_by_source"][source]
+        console.print(f"{source}: {count} of {rows_of} drafted tokens accepted")
     console.print(
-        f"tokens per step {report['tokens_per_step']:.2f}, rows {report['rows_per_step']:.1f}, "
-        f"identical: {'yes' if report['identical'] else 'no'}"
+        f"tokens per step {report['tokens_per_step']:.2f}, rows {report['rows_per_step']:.1f}, identical: "
+        + (f"no ({len(differing)} differ, {ties} by a tie)" if differing else "yes")
     )

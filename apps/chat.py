@@ -28,6 +28,8 @@ Reader = Callable[[str], str]
 def chat(  # noqa: PLR0913  (typer: one argument per option)
     model: opt.ModelOption = opt.DEFAULT_MODEL,
     drafter: opt.DrafterOption = None,
+    lookup: opt.LookupOption = True,
+    history: opt.HistoryOption = None,
     draft: opt.DraftOption = "auto",
     max_tokens: opt.MaxTokensOption = 512,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -63,9 +65,9 @@ def chat(  # noqa: PLR0913  (typer: one argument per option)
     path = saved.last() if resume else None
     if is_terminal():
         note(f"loading {model}")
-    loaded = opt.load_model(model, drafter)
+    loaded = opt.load_model(model, drafter, lookup, history)
     settings = opt.with_sampling(options, chat_sampling(model, given))
-    talk = Chat(Conversation(loaded, settings, system), model, drafter, path)
+    talk = Chat(Conversation(loaded, settings, system), model, lookup, history, path)
     if path is not None:
         talk.load(path)
         note(f"{len(talk.conversation.messages) // 2} exchanges of {path}")
@@ -134,7 +136,7 @@ def _turn(chat: Chat, text: str) -> None:
     # closed here, also by a second Ctrl-C, so that history and cache hold what was said
     with _ctrl_c() as pressed, closing(stream), _view(chat) as (write, status):
         for chunk in stream:
-            write(chunk.text, chunk.from_draft)
+            write(chunk.text, chunk.source)
             if status is not None:
                 status.show(chunk.stats)
             finish = chunk.finish_reason
@@ -149,13 +151,13 @@ def _turn(chat: Chat, text: str) -> None:
 
 
 @contextmanager
-def _view(chat: Chat) -> Iterator[tuple[Callable[[str, bool], None], StatusLine | None]]:
+def _view(chat: Chat) -> Iterator[tuple[Callable[[str, str | None], None], StatusLine | None]]:
     """What writes an answer: styled above a status line in a terminal, as it is elsewhere."""
     from .markdown import MarkdownStream
 
     if not is_terminal() or not has_color():
 
-        def plain(text: str, from_draft: bool) -> None:
+        def plain(text: str, source: str | None) -> None:
             write_answer(text)
 
         try:

@@ -101,9 +101,16 @@ def note(text: str) -> None:
 
 
 def note_missing_drafter(model: Model, draft: str, drafter: str | None) -> None:
-    """Say that `--draft auto` decodes plainly for want of a drafter, unless `--drafter none` asked for that."""
-    if model.drafter is None and draft == "auto" and drafter != "none":
+    """Say what `--draft auto` does for want of a drafter, unless `--drafter` asked for that."""
+    if model.drafter is not None or draft != "auto" or drafter in ("none", "lookup"):
+        return
+    if model.lookup is None:
         note(f"{model.target.name} has no drafter, so it decodes plainly: give one with --drafter")
+    else:
+        note(
+            f"{model.target.name} has no drafter, so only what has stood in the text before is drafted: "
+            "redrafter train makes one"
+        )
 
 
 @dataclass(slots=True)
@@ -117,4 +124,6 @@ class GaveUpNote:
         learned = self.model.learned
         if learned is not None and learned.gave_up and not self.is_said:
             self.is_said = True
-            note("drafting does not pay here at present, so it is paused: redrafter tune shows what it costs")
+            note(
+                "the drafter does not pay here at present, so it is paused: redrafter tune shows what it costs"
+            )

@@ -36,6 +36,8 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     ] = None,
     model: opt.ModelOption = opt.DEFAULT_MODEL,
     drafter: opt.DrafterOption = None,
+    lookup: opt.LookupOption = True,
+    history: opt.HistoryOption = None,
     draft: opt.DraftOption = "auto",
     max_tokens: opt.MaxTokensOption = 256,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -62,7 +64,7 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     options = opt.checked_options(draft, max_tokens, stop, sampling, kv_bits)
-    loaded = opt.load_model(model, drafter)
+    loaded = opt.load_model(model, drafter, lookup, history)
     streams = _streams(loaded, requests, replace(options, raw=raw), system)
     note_missing_drafter(loaded, draft, drafter)
     write, gave_up, all_stats = _write_json if as_json else _write_text, GaveUpNote(loaded), []
@@ -155,7 +157,8 @@ def summary(all_stats: Sequence[Stats]) -> str:
     parts.append(f"{total.generated_tokens} tokens")
     if total.decode_seconds and total.steps:
         parts.append(f"{total.tokens_per_second:.1f} tokens/s")
-        parts.append(f"{total.tokens_per_step:.2f} tokens per step")
+        by = ", ".join(f"{source} {count}" for source, count in total.accepted_by_source.items())
+        parts.append(f"{total.tokens_per_step:.2f} tokens per step{f' (drafted: {by})' if by else ''}")
     asked = sum(stats.prompt_tokens for stats in all_stats)
     reused = sum(stats.reused_tokens for stats in all_stats)
     prompt = f"prompt {asked} tokens{f' ({reused} reused)' if reused else ''}"

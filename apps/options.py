@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,8 +24,21 @@ ModelOption = Annotated[
 DrafterOption = Annotated[
     str | None,
     typer.Option(
-        "--drafter", help="Drafter folder or Hugging Face id; none: no drafter. Default: the model's own."
+        "--drafter",
+        help="Drafter folder or Hugging Face id; lookup: only what is looked up in the text; none: no drafts. "
+        "Default: the model's own.",
     ),
+]
+HistoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--history",
+        help="Keep the tokens of prompts and answers in this folder (at most 200,000), to draft from later.",
+    ),
+]
+LookupOption = Annotated[
+    bool,
+    typer.Option("--lookup/--no-lookup", help="Also draft what has stood in the text before."),
 ]
 DraftOption = Annotated[
     str,
@@ -163,8 +177,8 @@ def check_max_tokens(max_tokens: int) -> int:
     return max_tokens
 
 
-def load_model(model: str, drafter: str | None) -> Model:
-    """Load the target and the drafter that the two options name.
+def load_model(model: str, drafter: str | None, lookup: bool = True, history: Path | None = None) -> Model:
+    """Load the target and the drafters that the options name.
 
     Freed memory is kept from here on: the process is a command of ours, so nobody else's malloc is changed.
     """
@@ -172,4 +186,4 @@ def load_model(model: str, drafter: str | None) -> Model:
     from redrafter_mlx.kernels import keep_freed_memory
 
     keep_freed_memory()
-    return redrafter_mlx.load(model, drafter)
+    return redrafter_mlx.load(model, drafter, lookup=lookup, history=history)

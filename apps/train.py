@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import options as opt
-from .console import stderr
-
-if TYPE_CHECKING:
-    from redrafter_mlx.train.run import Request
-    from redrafter_mlx.train.trainer import Progress, Trainer
+from .train_run import Wishes, run_training
 
 
 def train(  # noqa: PLR0913  (typer: one argument per option)
@@ -28,14 +24,25 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         typer.Option(help="Train on the text.npz of an earlier run instead of generating new answers."),
     ] = None,
     self_prompt: Annotated[
-        int,
-        typer.Option(help="Number of answers to generate; without --prompts, to the target's own questions."),
-    ] = 1000,
+        int | None,
+        typer.Option(
+            help="Number of answers, to the target's own questions or to --prompts (default: 1000), or of --text (all)."
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Instead of a number of answers: working time of the whole run, in minutes."),
+    ] = None,
+    allow_small: Annotated[
+        bool, typer.Option("--allow-small", help="Go on with a run that is too small to pay.")
+    ] = False,
     exclude: Annotated[
         Path | None,
         typer.Option(help="Prompts never to train on, such as a benchmark's (.jsonl, .txt)."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 160,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Maximum tokens per answer. Default: 160; not for --text.")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Number of answers generated at the same time.")] = 96,
     disk_budget: Annotated[
         float | None,
@@ -55,6 +62,18 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
             help="1: weigh a later token by the drafter's probability of the tokens before it; 0: do not."
         ),
     ] = 0.0,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="What a guess is worth: kl, tv (0.1 cross-entropy, 0.9 total variation), lk (of both), gumbel (T > 0)."
+        ),
+    ] = "kl",
+    depth_weights: Annotated[
+        str,
+        typer.Option(
+            help="What a depth weighs: decay (fixed), or dpace (what it adds to the accepted length)."
+        ),
+    ] = "decay",
     exit_dim: Annotated[
         int | None, typer.Option(help="Width of the drafter. Default: chosen from the target's hidden size.")
     ] = None,
@@ -90,17 +109,25 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
 
     A run that was stopped continues where it was when it is started again with the same options.
     """
+    from redrafter_mlx.train.card import model_argument
+    from redrafter_mlx.train.lock import locked_folder
     from redrafter_mlx.train.loss import Objective
-    from redrafter_mlx.train.run import Request, Shape
-    from redrafter_mlx.train.trainer import Settings
+    from redrafter_mlx.train.request import Inputs, Request, Shape
+    from redrafter_mlx.train.settings import Settings
 
-    if length < 2:
-        raise ValueError(f"--length counts the root and must be at least 2, not {length}")
     window = Settings().window
     if batch < 1 or batch % window:
         raise ValueError(f"--batch must be a multiple of {window}, not {batch}")
+    if quantize not in (0, 4, 8):
+        raise ValueError(f"--quantize must be 4 or 8 bits, or 0 for none, not {quantize}")
     if start_from is not None and (exit_dim is not None or layers is not None):
         raise ValueError("--start-from keeps that drafter's shape, so it takes no --exit-dim and no --layers")
+    if draft_vocab is not None and draft_vocab < 0:
+        raise ValueError(f"--draft-vocab must be 0 (all) or more, not {draft_vocab}")
+    if text is not None and max_tokens is not None:
+        raise ValueError(f"--max-tokens is for answers to be written, and --text {text} has them")
+    if push_to_hub:
+        _check_hub(push_to_hub)
     shape = Shape(exit_dim)
     if layers is not None:
         shape = replace(shape, num_draft_layers=layers)
@@ -108,33 +135,55 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         shape = replace(shape, draft_vocab_size=draft_vocab or None)
     request = Request(
         out=out,
+        model=model_argument(model),
         prompts=prompts,
         text=text,
-        num_answers=self_prompt,
+        num_answers=1000 if self_prompt is None and minutes is None and text is None else self_prompt,
+        minutes=minutes,
         exclude=exclude,
         context_layers=_context_layers(context_layers),
         rows=rows,
-        max_tokens=max_tokens,
+        max_tokens=160 if max_tokens is None else max_tokens,
         data_seed=seed,
         disk_budget=None if disk_budget is None else disk_budget * 1e9,
         start_from=start_from,
         vocabulary=draft_vocab,
+        bits=quantize or None,
         shape=shape,
         settings=Settings(
             epochs=epochs,
             learning_rate=learning_rate,
             windows=batch // window,
-            objective=Objective(depths=length - 1, soft=soft, reach=reach),
+            objective=Objective.parse(length, soft, reach, loss, depth_weights),
             seed=seed,
             patience=patience,
             validate_every=validate_every,
         ),
     )
-    loaded = opt.load_model(model, "none")
-    if loaded.tokenizer is None:
-        raise ValueError(f"--model {model} has no tokenizer, so it cannot write text")
-    trainer = _run(loaded.target, loaded.tokenizer, request)
-    _finish(trainer, request, quantize, push_to_hub)
+    inputs = Inputs.read(request)
+    with locked_folder(out):
+        loaded = opt.load_model(model, "none", lookup=False)
+        if loaded.tokenizer is None:
+            raise ValueError(f"--model {model} has no tokenizer, so it cannot write text")
+        run_training(loaded, request, inputs, Wishes(allow_small, push_to_hub))
+
+
+def _check_hub(name: str) -> None:
+    """Check what uploading needs before hours of work.
+
+    Raises:
+        ValueError: not a name on Hugging Face, or nobody is logged in.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"--push-to-hub must be owner/name: {error}") from None
+    if not get_token():
+        raise ValueError(f"--push-to-hub {name} needs a login: run `hf auth login`, or set HF_TOKEN")
 
 
 def _context_layers(text: str) -> tuple[int, ...] | None:
@@ -148,73 +197,3 @@ def _context_layers(text: str) -> tuple[int, ...] | None:
         raise ValueError(
             f"--context-layers must be auto, none or numbers like 6,14,22, not {text!r}"
         ) from None
-
-
-def _run(target: Any, tokenizer: Any, request: Request) -> Trainer:
-    """Generate the text and train, with progress bars on stderr."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    from redrafter_mlx.train.run import make_trainer, write_data
-
-    console = stderr()
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    ]
-    with Bars(*columns, console=console) as bars:
-        expected = request.num_answers * request.max_tokens
-        writing = bars.add_task("writing", total=expected, note="")
-
-        def on_step(count: int) -> None:
-            bars.advance(writing, count)
-            speed = bars.tasks[writing].speed or 0.0
-            bars.update(writing, note=f"at most {expected} tokens, {speed:.0f}/s")
-
-        tokens = write_data(target, tokenizer, request, on_step)
-        bars.update(writing, total=tokens, completed=tokens, note=f"{tokens} tokens")
-        trainer = make_trainer(target, request)
-        console.print(trainer.estimate())
-        training = bars.add_task("training", total=trainer.steps, note="")
-
-        def on_progress(progress: Progress) -> None:
-            depths = " ".join(f"{share:.2f}" for share in progress.acceptance)
-            note = (
-                f"loss {progress.loss:.3f}, held-out {progress.tokens_per_step:.2f} tokens/step "
-                f"(by depth {depths}), {progress.positions_per_second:.0f} positions/s"
-            )
-            bars.update(training, completed=progress.step, note=note)
-
-        trainer.run(on_progress)
-    return trainer
-
-
-def _finish(trainer: Trainer, request: Request, quantize: int, push_to_hub: str) -> None:
-    from redrafter_mlx.train.data import Text
-    from redrafter_mlx.train.plot import plot
-    from redrafter_mlx.train.run import export
-
-    out = request.out
-    try:
-        plot(out / "metrics.jsonl", out / "metrics.png")
-    except ValueError as error:
-        typer.echo(f"no plot: {error}", err=True)
-    if request.text is None and request.prompts is None:
-        Text.of(out / "data").save(out / "text.npz")
-    for bits in (None, quantize) if quantize else (None,):
-        folder = out / (f"{bits}bit" if bits else "float16")
-        done = export(out, folder, trainer.target, trainer.corpus, bits)
-        typer.echo(
-            f"{folder}: {done.bytes / 1e6:.1f} MB, {done.after:.3f} tokens per step "
-            f"on held-out text (before: {done.before:.3f})"
-        )
-    if push_to_hub:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=push_to_hub, folder_path=out / "float16")
-        typer.echo(f"uploaded to https://huggingface.co/{push_to_hub}")

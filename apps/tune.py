@@ -6,6 +6,7 @@ on a few prompts, and, unless `--predict` is given, the real speed of every widt
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DEFAULT_MODEL, DrafterOption, ModelOption, load_model
+from .options import DEFAULT_MODEL, DrafterOption, LookupOption, ModelOption, load_model
 
 WIDTHS = (1, 2, 3, 4, 8)
 LENGTHS = (2, 3, 4, 5)
@@ -23,6 +24,7 @@ BUDGETS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 def tune(  # noqa: PLR0913  (typer: one argument per option)
     model: ModelOption = DEFAULT_MODEL,
     drafter: DrafterOption = None,
+    lookup: LookupOption = True,
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL of prompts; some of MT-bench's by default.")
     ] = None,
@@ -35,6 +37,7 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
 ) -> None:
     """Measure this machine and say which drafts pay; the last line is one JSON object."""
     from redrafter_mlx.auto import cost_table
+    from redrafter_mlx.files import check_writable
     from redrafter_mlx.generation import encode
     from redrafter_mlx.measure.compare import MT_BENCH, spread
     from redrafter_mlx.measure.machine import machine
@@ -44,9 +47,15 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
 
     from .console import stderr
 
-    loaded = load_model(model, drafter)
+    if plot is not None:
+        check_writable(plot, "--plot")
+        _check_matplotlib()
+    loaded = load_model(model, drafter, lookup)
     if loaded.drafter is None:
-        raise ValueError(f"tune needs a drafter, and {loaded.target.name} has none: give --drafter")
+        raise ValueError(
+            f"tune needs a drafter, and {loaded.target.name} has none: give --drafter, or see what lookup alone brings "
+            "with redrafter bench"
+        )
     console = stderr()
     console.print("measuring what a verified row and a draft cost", style="dim")
     table = cost_table(loaded.target, loaded.drafter, fresh=True, on_measure=lambda: None)
@@ -74,10 +83,10 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
         report["measured_by_shape"] = _measured(loaded, widths, lengths, tokens, max_tokens)
     report["advice"] = predicted.advice
     _print(report)
+    print(json.dumps(report), flush=True)  # before the drawing: whatever happens to that, this is not lost
     if plot is not None:
         draw(report, plot)
         console.print(f"heat maps in {plot}")
-    print(json.dumps(report))
 
 
 def _measured(
@@ -129,6 +138,16 @@ def _print(report: dict[str, Any]) -> None:
             ]
             print_table(console, title, ("width", *(f"L={length}" for length in lengths)), grid)
     console.print(report["advice"])
+
+
+def _check_matplotlib() -> None:
+    """Check that heat maps can be drawn.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

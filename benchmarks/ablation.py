@@ -24,10 +24,12 @@ from mlx.utils import tree_flatten
 
 from redrafter_mlx.files import new_file
 from redrafter_mlx.train.corpus import Corpus
+from redrafter_mlx.train.initial import new_drafter
 from redrafter_mlx.train.loss import Objective
 from redrafter_mlx.train.replay import held_out
-from redrafter_mlx.train.run import Shape
-from redrafter_mlx.train.trainer import Settings, Trainer, new_drafter
+from redrafter_mlx.train.request import Shape
+from redrafter_mlx.train.settings import Settings
+from redrafter_mlx.train.trainer import Trainer
 from redrafter_mlx.tree import Beam
 
 HELD_OUT_TOKENS = 6_000

@@ -30,7 +30,7 @@ from redrafter_mlx.policy import Fixed, Off
 from redrafter_mlx.sampling import Sampling
 from redrafter_mlx.stats import Stats
 from redrafter_mlx.target import Target
-from redrafter_mlx.train.run import default_exit_dim
+from redrafter_mlx.train.request import default_exit_dim
 from redrafter_mlx.tree import MAX_NODES, Beam, Candidates
 
 VOCAB = 32000

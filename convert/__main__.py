@@ -34,9 +34,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    drafter = commands.add_parser("drafter", help="a recurrent drafter or a speculator -> a drafter folder")
+    drafter = commands.add_parser(
+        "drafter", help="a recurrent drafter, a speculator or heads -> a drafter folder"
+    )
     drafter.add_argument("src", metavar="SRC", help="folder, file of weights, or owner/name on Hugging Face")
     drafter.add_argument("--target", help="model it drafts for: checked, and recorded in the config")
+    drafter.add_argument(
+        "--verify", metavar="TARGET",
+        help="as --target, and decode a few prompts first: nothing accepted is an error",
+    )  # fmt: skip
     drafter.add_argument(
         "--activation", choices=("silu", "linear"), default="silu",
         help="activation of the RNN: silu as in Apple's training (default), linear as in TensorRT-LLM",
@@ -69,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="describe a checkpoint")
     info.add_argument("src", metavar="SRC", help="folder, file, or owner/name on Hugging Face")
+    info.add_argument("--target", help="model a drafter is for: say what drafting costs on this machine")
+
+    verify = commands.add_parser("verify", help="decode a few prompts: does a drafter draft for a target?")
+    verify.add_argument("src", metavar="SRC", help="drafter: folder, file, or owner/name on Hugging Face")
+    verify.add_argument("--target", required=True, help="model that it is to draft for")
     return parser
 
 
@@ -77,21 +88,48 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "info":
         from .info import describe
 
-        for label, text in describe(arguments.src).items():
-            print(f"{label}: {text}")
+        _print(describe(arguments.src, arguments.target))
+        return
+    if arguments.command == "verify":
+        from .verify import verify_source
+
+        _print(verify_source(arguments.src, arguments.target).lines())
         return
     if arguments.command == "target":
         _run_target(arguments)
+    elif arguments.command == "drafter":
+        _run_drafter(arguments)
     else:
-        from .drafter import DrafterOptions, ExportOptions, convert_drafter, export_drafter
+        from .export import ExportOptions, export_drafter
 
-        common = {"target": arguments.target, "dtype": arguments.dtype, "force": arguments.force}
-        if arguments.command == "drafter":
-            options = DrafterOptions(activation=arguments.activation, **common)
-            convert_drafter(arguments.src, arguments.out, options, _report)
-        else:
-            export_drafter(arguments.src, arguments.out, ExportOptions(**common), _report)
+        options = ExportOptions(arguments.target, arguments.dtype, arguments.force)
+        export_drafter(arguments.src, arguments.out, options, _report)
     print(arguments.out)
+
+
+def _print(lines: dict[str, str]) -> None:
+    for label, text in lines.items():
+        print(f"{label}: {text}")
+
+
+def _run_drafter(arguments: argparse.Namespace) -> None:
+    from .drafter import DrafterOptions, convert_drafter
+
+    target = arguments.target
+    if arguments.verify is not None:
+        if target not in (None, arguments.verify):
+            raise ValueError(f"--verify {arguments.verify} and --target {target} must name the same model")
+        target = arguments.verify
+
+    def approve(folder: Path) -> None:
+        if arguments.verify is not None:
+            from .verify import verify_folder
+
+            for label, text in verify_folder(folder, target, arguments.src).lines().items():
+                _report(f"{label}: {text}")
+
+    options = DrafterOptions(arguments.activation, target, arguments.dtype, arguments.force)
+    convert_drafter(arguments.src, arguments.out, options, _report, approve)
 
 
 def _run_target(arguments: argparse.Namespace) -> None:

@@ -1,31 +1,30 @@
-"""Drafters: theirs to ours (`convert_drafter`) and recurrent ones of ours to Apple's (`export_drafter`).
+"""Drafters: other people's checkpoints as folders of ours.
 
 Of a recurrent drafter the sizes come from the tensors: configs of other tools lack the vocabulary or count
-the residual blocks wrongly. Speculators are read by `speculator`.
+the residual blocks wrongly. Drafters of other kinds are read by `published`.
 
 Letters: H hidden size, X exit_dim, V vocabulary, N residual blocks (num_draft_layers).
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
-from mlx_lm.utils import dequantize_model
 
-from redrafter_mlx.drafters.kinds import WEIGHTS, load_drafter, load_recurrent, save_drafter
-from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig, RecurrentDrafter, changed, full_head
-from redrafter_mlx.drafters.speculator import Speculator
-from redrafter_mlx.files import cast_floating, check_weights, named_weights, read_json
+from redrafter_mlx.drafters.kinds import KINDS, load_drafter, save_drafter
+from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig, RecurrentDrafter, changed
+from redrafter_mlx.drafters.speculator import SpeculatorConfig
+from redrafter_mlx.files import cast_floating, check_finite, check_weights, named_weights, read_json
 from redrafter_mlx.loading.load import load
 from redrafter_mlx.target import Target
 
 from .names import SETTINGS, Named, translate
+from .published import Source, read_published
 from .source import (
     Report,
     Tensor,
@@ -37,9 +36,7 @@ from .source import (
     output_folder,
     read_weights,
 )
-from .speculator import build_speculator, is_speculator, read_speculator
-
-_NEVER = -1e4  # logit of a token outside a reduced vocabulary; fits float16, and exp(-1e4) is 0
+from .speculator import is_ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,7 @@ def read_drafter(path: Path) -> DrafterSource:
         raise ValueError(
             f"{where} is not a recurrent drafter in a dialect known here: {len(named.unknown)} of "
             f"its tensors have names that no drafter has ({listed}). Known: Apple's, "
-            "TensorRT-LLM's, ModelOpt's, and speculators with their config (docs/converting.md)"
+            "TensorRT-LLM's, ModelOpt's; speculators, Medusa's and Hydra's heads (docs/converting.md)"
         )
     tensors = {ours: weights.tensors[theirs] for ours, theirs in named.ours.items()}
     sizes = _sizes(tensors, where)
@@ -95,6 +92,10 @@ def read_drafter(path: Path) -> DrafterSource:
     except ValueError as error:
         raise ValueError(f"{weights.folder / 'config.json'}: {error}") from None
     tensors.pop("emb_norm.weight", None)  # Apple's MLX port stores it and never applies it
+    if config.num_draft_layers > len(tensors):  # do not build a million blocks to say that they are missing
+        raise ValueError(
+            f"{where}: its names number {config.num_draft_layers} blocks, and it holds {len(tensors)} tensors"
+        )
     check_weights(RecurrentDrafter(config), tensors, where)  # type: ignore[arg-type]
     _check_floating(tensors, where)
     if named.beside:
@@ -152,12 +153,21 @@ def _sizes(tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
 def _without_padding(
     tensors: dict[str, Tensor], sizes: dict[str, Any], vocab: Any
 ) -> tuple[dict[str, Tensor], int]:
-    """Cut the output matrix to the vocabulary: TensorRT-LLM pads it to a multiple of its ranks."""
-    surplus = sizes["vocab_size"] - vocab if isinstance(vocab, int) else 0
+    """Cut the output matrix to the vocabulary: TensorRT-LLM pads it with zeros to a multiple of its ranks.
+
+    Raises:
+        ValueError: what would be cut off are weights.
+    """
+    surplus = sizes["vocab_size"] - vocab if type(vocab) is int and vocab > 0 else 0
     if surplus <= 0:
         return tensors, 0
     name = f"lm_head.{sizes['num_draft_layers']}.weight"
-    return {**tensors, name: as_array(tensors[name])[:vocab]}, surplus
+    rows = as_array(tensors[name])
+    if mx.any(rows[vocab:] != 0).item():
+        raise ValueError(
+            f"config.json says vocab_size {vocab}, and {name} has {len(rows)} rows, of which those after are no padding"
+        )
+    return {**tensors, name: rows[:vocab]}, surplus
 
 
 def _check_floating(tensors: dict[str, Tensor], where: str) -> None:
@@ -179,30 +189,55 @@ class DrafterOptions:
     force: bool = False
 
 
-def convert_drafter(source: str, out: Path, options: DrafterOptions, report: Report) -> None:
+def is_converted(path: Path) -> bool:
+    """True for a folder of a drafter that loads as it is."""
+    where = path / "config.json"
+    config = read_json(where) if path.is_dir() and where.is_file() else {}
+    kind = config.get("model_type")
+    if kind == MODEL_TYPE:
+        return "head" in config
+    return kind in KINDS and (kind != SpeculatorConfig.model_type or is_ours(config))
+
+
+def convert_drafter(
+    source: str,
+    out: Path,
+    options: DrafterOptions,
+    report: Report,
+    approve: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write the drafter at `source` as a folder that `redrafter_mlx.load_drafter` loads.
 
+    Args:
+        approve: called with the finished folder before that becomes `out`; what it raises keeps `out` as it was.
+
     Raises:
-        FileNotFoundError, ValueError: see `read_drafter`, `read_speculator` and `build_speculator`; or it does
-            not fit the target. `out` is left as it was.
+        FileNotFoundError, ValueError: see `read_drafter` and `published.Source.build`; or it does not fit the
+            target. `out` is left as it was.
     """
     check_output(out, options.force)
     path = locate(source, "drafter")
-    if is_speculator(path):
-        drafter: RecurrentDrafter | Speculator = _speculator(path, options, report)
-    else:
-        drafter = _recurrent(path, options, report)
-    if options.target is not None:
-        target = _load_target(options.target)
+    with output_folder(out, options.force) as part:
+        save_drafter(_drafter(path, options, report), part)
+        load_drafter(part)
+        approve(part)
+
+
+def _drafter(path: Path, options: DrafterOptions, report: Report) -> Any:
+    """The drafter of a source, with what it is made for in its config."""
+    found = read_published(path)
+    recurrent = _recurrent(path, options, report) if found is None else None
+    target = None if options.target is None else load_target(options.target)
+    drafter: Any = recurrent if found is None else _published(found, target, options, report)
+    if target is not None:
         drafter.attach(target)
         made_for = {"name": target.name, "hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
-        if isinstance(drafter, RecurrentDrafter):
-            drafter.config = changed(drafter.config, embedding_scale=target.embedding_scale, target=made_for)
+        if recurrent is not None:
+            made = changed(recurrent.config, embedding_scale=target.embedding_scale, target=made_for)
         else:
-            drafter.config = replace(drafter.config, target=made_for)
-    with output_folder(out, options.force) as part:
-        save_drafter(drafter, part)
-        load_drafter(part)
+            made = replace(drafter.config, target=made_for)
+        drafter.config = made
+    return drafter
 
 
 def _recurrent(path: Path, options: DrafterOptions, report: Report) -> RecurrentDrafter:
@@ -212,131 +247,37 @@ def _recurrent(path: Path, options: DrafterOptions, report: Report) -> Recurrent
         report(note)
     drafter = RecurrentDrafter(changed(found.config, activation=options.activation))
     arrays = {name: as_array(tensor) for name, tensor in found.tensors.items()}
-    drafter.load_weights(list(_cast(arrays, dtype_of(options.dtype)).items()))
+    drafter.load_weights(list(cast_all(arrays, dtype_of(options.dtype), found.where).items()))
     return drafter
 
 
-def _speculator(path: Path, options: DrafterOptions, report: Report) -> Speculator:
+def _published(found: Source, target: Target | None, options: DrafterOptions, report: Report) -> Any:
     if options.activation != "silu":
         raise ValueError(
-            f"--activation {options.activation} is for recurrent drafters, and {path} is a speculator"
+            f"--activation {options.activation} is for recurrent drafters, and {found.where} holds: {found.kind}"
         )
-    found = read_speculator(path)
     report(f"{found.where}: {found.kind}, {found.container}")
     for note in found.notes:
         report(note)
-    drafter = build_speculator(found)
-    drafter.load_weights(list(_cast(named_weights(drafter), dtype_of(options.dtype)).items()))
+    drafter = found.build(target)
+    drafter.load_weights(list(cast_all(named_weights(drafter), dtype_of(options.dtype), found.where).items()))
     return drafter
 
 
-def _load_target(name: str) -> Target:
+def load_target(name: str) -> Target:
+    """The target that a drafter is for, without any drafter."""
     return load(name, drafter="none").target
 
 
-def _cast(arrays: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
-    return {name: cast_floating(array, dtype) for name, array in arrays.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class ExportOptions:
-    """How to export a drafter."""
-
-    target: str | None = None
-    """the model whose output rows a factored head needs"""
-    dtype: str | None = None
-    force: bool = False
-
-
-def export_drafter(folder: str, out: Path, options: ExportOptions, report: Report) -> None:
-    """Write one of our drafters as Apple's trainer saves it: Apple's names, a full head, floats.
+def cast_all(arrays: dict[str, mx.array], dtype: mx.Dtype | None, where: str) -> dict[str, mx.array]:
+    """Floating weights in another dtype, which None leaves as they are.
 
     Raises:
-        FileNotFoundError, ValueError: no drafter there, or one that Apple's format cannot express.
+        ValueError: one is no number, or is none that the dtype can hold.
     """
-    check_output(out, options.force)
-    drafter = load_recurrent(locate(folder, "drafter"))
-    config = drafter.config
-    if config.context_layers:
-        raise ValueError(
-            f"{folder} reads the target's layers {list(config.context_layers)}; Apple's format "
-            "knows the last hidden state only"
-        )
-    if config.quantization:
-        report("the weights are quantized: they are exported as rounded")
-        dequantize_model(drafter)
-        drafter.config = changed(config, quantization=None)
-    if config.head == "factored":
-        if options.target is None:
-            raise ValueError(
-                f"--target is needed: {folder} has head 'factored' and reads the target's output rows"
-            )
-        drafter.attach(_load_target(options.target))
-        drafter = full_head(drafter)
-    if config.draft_vocab_size is not None:
-        drafter = full_vocabulary(drafter)
-        report(
-            f"a feature is added (exit_dim {drafter.config.exit_dim}) so that tokens outside the "
-            f"drafter's {config.draft_vocab_size} are never drafted"
-        )
-    if config.activation == "linear":
-        report("its RNN is linear: right for TensorRT-LLM, while Apple's code would apply SiLU")
-    if config.calibration:
-        report("the calibration of its probabilities is left out: Apple's format has no place for it")
-    if config.embedding_scale != 1.0:
-        report(f"it reads embeddings scaled by {config.embedding_scale}; Apple's format does not say so")
-    arrays = dict(tree_flatten(drafter.parameters()))
-    dtypes = {array.dtype for array in arrays.values()}
-    widest = next(iter(dtypes)) if len(dtypes) == 1 else mx.float32
-    with output_folder(out, options.force) as part:
-        _save_as_apple(drafter.config, _cast(arrays, dtype_of(options.dtype) or widest), part)
-        load_recurrent(part)
-
-
-def _save_as_apple(config: DrafterConfig, arrays: dict[str, mx.array], part: Path) -> None:
-    values = {
-        "architectures": ["Drafter"],
-        "exit_dim": config.exit_dim,
-        "hidden_size": config.hidden_size,
-        "model_type": MODEL_TYPE,
-        "num_draft_layers": config.num_draft_layers,
-        "num_lookback_tokens": -1,
-        "rnn": config.rnn,
-        "torch_dtype": dtype_name(next(iter(arrays.values())).dtype),
-        "vocab_size": config.vocab_size,
-    }
-    (part / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    mx.save_safetensors(str(part / WEIGHTS), arrays, metadata={"format": "pt"})
-
-
-def full_vocabulary(drafter: RecurrentDrafter) -> RecurrentDrafter:
-    """A full head over a reduced vocabulary as one over all V tokens, with the same probabilities.
-
-    The head has no bias, so a feature that is always 1 is added behind the others (a residual block
-    adds SiLU(0) = 0 to it), and the output matrix gives it -1e4 for the tokens that were left out.
-    """
-    config = drafter.config
-    ids = drafter.target_ids()
-    assert ids is not None and config.head == "full", "see export_drafter"
-    old = dict(tree_flatten(drafter.parameters()))
-    size = config.exit_dim
-    extra = 2 if size + 1 == 2 * config.hidden_size else 1  # exit_dim 2H would mean: no input_proj
-    head = f"lm_head.{config.num_draft_layers}.weight"
-    dtype = old[head].dtype
-    new = {name: array for name, array in old.items() if name.startswith("rnn_")}
-    weight = old.get("input_proj.weight", mx.eye(size, dtype=dtype))
-    bias = old.get("input_proj.bias", mx.zeros((size,), dtype=dtype))
-    one = mx.array([1.0] + [0.0] * (extra - 1), dtype=dtype)
-    new["input_proj.weight"] = mx.pad(weight, [(0, extra), (0, 0)])  # (X + extra, 2H)
-    new["input_proj.bias"] = mx.concatenate([bias, one])
-    for i in range(config.num_draft_layers):
-        name = f"lm_head.{i}.linear"
-        new[f"{name}.weight"] = mx.pad(old[f"{name}.weight"], [(0, extra), (0, extra)])
-        new[f"{name}.bias"] = mx.pad(old[f"{name}.bias"], (0, extra))
-    rows = mx.zeros((config.vocab_size, size + extra), dtype=dtype)
-    rows[:, size] = _NEVER
-    rows[ids] = mx.pad(old[head], [(0, 0), (0, extra)])
-    new[head] = rows
-    full = RecurrentDrafter(changed(config, draft_vocab_size=None, exit_dim=size + extra))
-    full.load_weights(list(new.items()))
-    return full
+    check_finite(arrays, where)
+    if dtype is None:
+        return arrays
+    cast = {name: cast_floating(array, dtype) for name, array in arrays.items()}
+    check_finite(cast, f"{where} as {dtype_name(dtype)}")
+    return cast

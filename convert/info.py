@@ -4,44 +4,68 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from redrafter_mlx.drafters.recurrent import MODEL_TYPE, DrafterConfig
 from redrafter_mlx.drafters.speculator import SpeculatorConfig
 from redrafter_mlx.files import read_json
-from redrafter_mlx.loading.gguf import read_header
+from redrafter_mlx.loading.config import normalize_config
+from redrafter_mlx.loading.gguf import find_gguf, read_header
 
 from .drafter import DrafterSource, read_drafter
 from .names import translate
+from .published import CONFIGS, Source, described, read_published
 from .source import Tensor, dtype_name, locate, read_weights
-from .speculator import SpeculatorSource, is_ours, is_speculator, read_speculator
+from .speculator import is_ours
+from .verify import costs, megabytes
+
+_FITS = "fits"
 
 
-def describe(source: str) -> dict[str, str]:
+def describe(source: str, target: str | None = None) -> dict[str, str]:
     """Label -> text for a drafter, a target, both in one folder, or a GGUF.
 
+    Args:
+        target: model whose drafter this is, to measure on this machine what drafting costs.
+
     Raises:
-        FileNotFoundError, ValueError: nothing there, or nothing that can be read.
+        FileNotFoundError, ValueError: nothing there, or nothing that can be read; a target for what is no drafter.
     """
     path = locate(source, "checkpoint")
-    if path.suffix == ".gguf":
-        return _gguf(path)
+    lines = _described(path)
+    if target is None:
+        return lines
+    if _FITS not in lines:
+        raise ValueError(f"--target {target} is for drafters, and {source} is a {lines['kind']}")
+    return lines | costs(source, target)
+
+
+def _described(path: Path) -> dict[str, str]:
+    if (gguf := find_gguf(path)) is not None:
+        return _gguf(gguf)
     config = {}
     folder = path if path.is_dir() else path.parent
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
     if config.get("model_type") == MODEL_TYPE and "head" in config:
         return _ours(folder)
-    if is_ours(config):
-        return _our_speculator(folder)
-    if is_speculator(path):
-        return _speculator(read_speculator(path))
+    kind = str(config.get("model_type"))
+    if kind in CONFIGS and (kind != SpeculatorConfig.model_type or is_ours(config)):
+        return _our_other(folder, CONFIGS[kind])
+    if (found := read_published(path)) is not None:
+        return _published(found)
     weights = read_weights(path)
     named = translate(sorted(weights.tensors))
     if not named.unknown:
         return _drafter(read_drafter(path))
+    if "model_type" in config:
+        config = normalize_config(config, str(folder / "config.json"))
     text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise ValueError(f"{folder / 'config.json'}: text_config must be an object, not {str(text)[:40]!r}")
     return {
         "kind": "target"
         if "model_type" in config
@@ -53,6 +77,7 @@ def describe(source: str) -> dict[str, str]:
         "vocabulary": str(text.get("vocab_size")),
         "quantization": json.dumps(config.get("quantization") or config.get("quantization_config")),
         "values": _count(weights.tensors.values()),
+        "weights": megabytes(_bytes(weights.tensors)),
     }
 
 
@@ -61,6 +86,33 @@ def _count(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         sizes[dtype_name(tensor.dtype)] += tensor.size
     return ", ".join(f"{count:,} {kind}" for kind, count in sizes.most_common())
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.size * tensor.dtype.size for tensor in tensors.values())
+
+
+def _cost(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which targets it fits, and the bytes that a drafted level reads; of an embedding it reads a row.
+
+    Args:
+        values: what is known of its config, under our names.
+    """
+    made_for = (values.get("target") or {}).get("name")
+    sizes = f"targets of hidden size {values.get('hidden_size')} and vocabulary {values.get('vocab_size')}"
+    fits = {_FITS: f"{sizes}; made for {made_for}" if made_for else f"{sizes}; for which one is not recorded"}
+    levels = 1 if values.get("tie_weights") else values.get("n_predict") or values.get("num_heads") or 1
+    looked_up = "emb" if "n_predict" in values else "d2t"
+    level = _bytes({name: tensor for name, tensor in tensors.items() if looked_up not in name}) // levels
+    if values.get("head") == "factored":
+        rows = f" and {values['draft_vocab']:,} of the target's {values['vocab_size']:,} output rows"
+        return fits | {"a drafted level reads": megabytes(level) + rows}
+    return fits | {"a drafted level reads": megabytes(level)}
+
+
+def _values(config: Any) -> dict[str, Any]:
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    return values | ({"draft_vocab": config.draft_vocab} if isinstance(config, DrafterConfig) else {})
 
 
 def _sizes(config: DrafterConfig) -> dict[str, str]:
@@ -75,12 +127,13 @@ def _sizes(config: DrafterConfig) -> dict[str, str]:
 
 def _lines(
     described: dict[str, str],
-    tensors: Iterable[Tensor],
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     notes: Sequence[str] = (),
     unknown: Sequence[str] = (),
 ) -> dict[str, str]:
     """What is known of a drafter, how many values it has, and what the user should know about it."""
-    lines = {**described, "values": _count(tensors)}
+    lines = {**described, **_cost(values, tensors), "values": _count(tensors.values())}
     lines |= {f"note {number}": note for number, note in enumerate(notes, 1)}
     return lines | ({"unknown keys": ", ".join(unknown)} if unknown else {})
 
@@ -92,7 +145,7 @@ def _drafter(found: DrafterSource) -> dict[str, str]:
         "files": found.container,
         **_sizes(found.config),
     }
-    return _lines(described, found.tensors.values(), notes=found.notes)
+    return _lines(described, _values(found.config), found.tensors, notes=found.notes)
 
 
 def _ours(folder: Path) -> dict[str, str]:
@@ -107,40 +160,30 @@ def _ours(folder: Path) -> dict[str, str]:
         "activation": config.activation,
         "drafted vocabulary": str(config.draft_vocab),
         "quantization": json.dumps(config.quantization),
-        "made for": str(config.target.get("name", "not recorded")),
     }
-    return _lines(described, weights.tensors.values(), unknown=unknown)
+    return _lines(described, _values(config), weights.tensors, unknown=unknown)
 
 
-def _speculator_sizes(config: SpeculatorConfig) -> dict[str, str]:
-    return {
-        "hidden size": str(config.hidden_size),
-        "inner size": str(config.inner_size),
-        "vocabulary": str(config.vocab_size),
-        "method": config.method,
-        "drafts": f"up to {config.n_predict} tokens: beam length {config.n_predict + 1}, the root counted",
-        "stages share weights": "yes" if config.tie_weights else "no",
-        "normalizes its input": "yes" if config.scale_input else "no",
-        "made for": str(config.target.get("name", "not recorded")),
-    }
+def _published(found: Source) -> dict[str, str]:
+    described_as = {"kind": found.kind, "files": found.container, **described(found.values)}
+    return _lines(described_as, found.values, found.tensors, notes=found.notes)
 
 
-def _speculator(found: SpeculatorSource) -> dict[str, str]:
-    described = {"kind": found.kind, "files": found.container, **_speculator_sizes(found.config)}
-    return _lines(described, found.tensors.values(), notes=found.notes)
-
-
-def _our_speculator(folder: Path) -> dict[str, str]:
+def _our_other(folder: Path, made: Any) -> dict[str, str]:
+    """A folder of ours that holds no recurrent drafter; `made` is its config's class."""
     where = folder / "config.json"
-    config, unknown = SpeculatorConfig.from_dict(read_json(where), str(where))
+    config, unknown = made.from_dict(read_json(where), str(where))
     weights = read_weights(folder)
-    described = {
-        "kind": "speculator of redrafter-mlx; loads as it is",
+    described_as = {
+        "kind": f"{_KINDS[made.model_type]} of redrafter-mlx; loads as it is",
         "files": weights.container,
-        **_speculator_sizes(config),
+        **described(_values(config)),
         "quantization": json.dumps(config.quantization),
     }
-    return _lines(described, weights.tensors.values(), unknown=unknown)
+    return _lines(described_as, _values(config), weights.tensors, unknown=unknown)
+
+
+_KINDS = {"mlp_speculator": "speculator", "medusa_heads": "Medusa heads", "hydra_heads": "Hydra heads"}
 
 
 def _gguf(path: Path) -> dict[str, str]:

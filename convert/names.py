@@ -66,6 +66,7 @@ def translate(names: list[str]) -> Named:
     """
     prefixed = [name for name in names if re.match(r"(module\.|_orig_mod\.)*(model\.)?drafter\.", name)]
     mine = prefixed or names
+    own = frozenset(mine)
     dialect = next((d for pattern, d in DIALECTS for name in mine if re.fullmatch(pattern, name)), "unknown")
     ours: dict[str, str] = {}
     unknown = []
@@ -80,7 +81,7 @@ def translate(names: list[str]) -> Named:
     if OUTPUT in ours:
         blocks = {int(n.split(".")[1]) for n in ours if n.startswith("lm_head.") and ".linear." in n}
         ours[f"lm_head.{max(blocks, default=-1) + 1}.weight"] = ours.pop(OUTPUT)
-    return Named(ours, dialect, tuple(unknown), tuple(n for n in names if n not in set(mine)))
+    return Named(ours, dialect, tuple(unknown), tuple(name for name in names if name not in own))
 
 
 def _ours(name: str) -> str | None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from redrafter_mlx.files import DTYPES, new_folder, read_json, read_safetensors
+from redrafter_mlx.files import DTYPES, check_writable, new_folder, read_json, read_safetensors
 from redrafter_mlx.loading import hub
 
-from .torch_file import TorchTensor, read_torch
+from .torch_file import read_torch
+from .torch_tensor import TorchTensor
 
 Tensor = mx.array | TorchTensor
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "rank0.safetensors")
@@ -25,6 +26,10 @@ _REPLACED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*",
     "merges.txt",
 )  # fmt: skip
+# What systems put into the root of a disk, which is empty all the same.
+_OF_THE_DISK = frozenset({
+    "lost+found", ".DS_Store", ".Trashes", ".Spotlight-V100", ".fseventsd", ".TemporaryItems",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,7 @@ def read_weights(path: Path) -> Weights:
     Raises:
         FileNotFoundError, ValueError: no weights there, more than one set, or a damaged file.
     """
-    file = _main_file(path) if path.is_dir() else path
+    file = main_file(path) if path.is_dir() else path
     if file.name.endswith(".index.json"):
         return _read_shards(file)
     if re.fullmatch(r"rank\d+\.safetensors", file.name):
@@ -84,7 +89,12 @@ def read_weights(path: Path) -> Weights:
     return Weights(_read_file(file), (file,))
 
 
-def _main_file(folder: Path) -> Path:
+def main_file(folder: Path) -> Path:
+    """The index, or the one file, of a folder's weights.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it cannot be told which.
+    """
     for name in (*SAFETENSORS, *TORCH):
         if (folder / name).is_file():
             return folder / name
@@ -97,8 +107,13 @@ def _main_file(folder: Path) -> Path:
     raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join((*SAFETENSORS, *TORCH))}")
 
 
+def shortened(names: Sequence[str], most: int = 6) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
 def _names(files: list[Path]) -> str:
-    return ", ".join(file.name for file in files)
+    return shortened([file.name for file in files])
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
@@ -131,7 +146,7 @@ def _read_shards(index: Path) -> Weights:
     for file in files:
         tensors |= _read_file(file)
     if absent := sorted(where.keys() - tensors.keys()):
-        raise ValueError(f"{index} names tensors that its shards lack: {', '.join(absent)}")
+        raise ValueError(f"{index} names tensors that its shards lack: {shortened(absent)}")
     return Weights({name: tensors[name] for name in where}, tuple(files))
 
 
@@ -157,24 +172,26 @@ def output_folder(out: Path, force: bool) -> Iterator[Path]:
         ValueError: `out` is a file, is not empty (without `force`), or cannot be written.
     """
     check_output(out, force)
-    before = {file for pattern in _REPLACED for file in out.glob(pattern)} if out.is_dir() else set()
     try:
-        with new_folder(out) as part:
+        with new_folder(out, replaced=_REPLACED) as part:
             yield part
-            written = {file.name for file in part.iterdir()}
     except RuntimeError as error:  # what mx.save_safetensors raises on a full disk
         raise ValueError(f"--out {out} cannot be written: {error}") from None
-    for file in before:
-        if file.name not in written and file.is_file():
-            file.unlink()
 
 
 def check_output(out: Path, force: bool) -> None:
     """Refuse before any work what `output_folder` would refuse after it."""
-    if out.exists() and not out.is_dir():
+    try:
+        is_there = out.exists()
+        files = [file.name for file in out.iterdir()] if out.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--out {str(out)!r} cannot be read: {error}") from None
+    if is_there and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {out} is a file")
-    if not force and out.is_dir() and any(out.iterdir()):
+    if not force and any(name not in _OF_THE_DISK for name in files):
         raise ValueError(f"--out {out} is not empty: name a new folder, or add --force to replace its model")
+    # what is asked about a file in it holds for the folder: its parents are there or can be made
+    check_writable(out / "config.json", "--out")
 
 
 Report = Callable[[str], None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from redrafter_mlx.drafters.config import shown
 from redrafter_mlx.drafters.kinds import build_drafter
 from redrafter_mlx.drafters.speculator import METHODS, MODEL_TYPE, Speculator, SpeculatorConfig
 from redrafter_mlx.files import read_json
+from redrafter_mlx.target import Target
 
 from .source import Tensor, as_array, read_weights
 
@@ -60,6 +61,15 @@ class SpeculatorSource:
         """In words."""
         return "Arctic-LSTM speculator" if self.config.method == "sum_lstm" else "MLP speculator"
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The config's."""
+        return {each.name: getattr(self.config, each.name) for each in fields(self.config)}
+
+    def build(self, target: Target | None) -> Speculator:
+        """See `build_speculator`; the target is not needed."""
+        return build_speculator(self)
+
 
 def is_speculator(path: Path) -> bool:
     """True where the config says so, or, without a config, the tensors' names."""
@@ -71,7 +81,7 @@ def is_speculator(path: Path) -> bool:
 
 
 def is_ours(config: dict[str, Any]) -> bool:
-    """True for the config of a speculator that was converted."""
+    """True for the config of a speculator that was converted. (The published ones have the same `model_type`.)"""
     return config.get("model_type") == MODEL_TYPE and "hidden_size" in config and "emb_dim" not in config
 
 

@@ -11,9 +11,7 @@ import contextlib
 import json
 import shutil
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,30 +20,38 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, load_model, quantize_model, save_config, save_model
+from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
-from redrafter_mlx.files import read_json, read_safetensors
+from redrafter_mlx.files import check_finite, check_real, read_json, read_safetensors, write_safetensors
 from redrafter_mlx.loading import default_model
-from redrafter_mlx.loading.gguf import load_gguf
+from redrafter_mlx.loading.folder import WEIGHTS, load_tokenizer, map_model, read_config, with_ends
+from redrafter_mlx.loading.gguf import find_gguf, load_gguf
 
 from .source import (
     Report,
-    Tensor,
     as_array,
     check_output,
     dtype_name,
     dtype_of,
     locate,
+    main_file,
     output_folder,
     shard_files,
+    shortened,
 )
 from .torch_file import read_torch
 
 # Copied as they are: a tokenizer that is not re-written cannot change.
 _TEXT_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*",
-    "merges.txt", "*.tiktoken", "generation_config.json", "*.py",
+    "merges.txt", "*.tiktoken", "generation_config.json",
 )  # fmt: skip
+
+
+_DRAFTERS = ("drafter.", "medusa_head.")
+"""What the names of a drafter's tensors begin with, in the checkpoint of its target: ModelOpt's and Medusa-2's."""
+
+_DRAFTER_KEYS = ("redrafter", "medusa_num_heads", "medusa_num_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,28 +83,31 @@ def convert_target(source: str, out: Path, options: TargetOptions, report: Repor
             do not fit it. `out` is left as it was.
     """
     check_output(out, options.force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.source.") as scratch:
-        found = _open(source, Path(scratch), report)
+    path = default_model.default_model_path() if source == default_model.NAME else locate(source, "target")
+    with output_folder(out, options.force) as part:
+        scratch = part / ".source"
+        scratch.mkdir()
+        found = _open(path, scratch, report)
         with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints progress
             model, config = _change(found, options, report)
-        with output_folder(out, options.force) as part:
-            save_model(part, model)
-            save_config(config, part / "config.json")
-            if found.tokenizer is not None:
-                found.tokenizer.save_pretrained(part)
-            elif found.folder is not None:
-                _copy_text_files(found.folder, part)
-            _check_reload(part, model, source)
+        save_model(part, model)
+        save_config(config, part / "config.json")
+        if found.tokenizer is not None:
+            found.tokenizer.save_pretrained(part)
+        elif found.folder is not None:
+            _copy_text_files(found.folder, part)
+        if options.dtype is not None:
+            _check_finite_files(sorted(part.glob(WEIGHTS)), f"{source} as {options.dtype}")
+        _check_reload(part, model, source, report)
+        shutil.rmtree(scratch)
 
 
-def _open(source: str, scratch: Path, report: Report) -> TargetSource:
-    path = default_model.default_model_path() if source == default_model.NAME else locate(source, "target")
-    if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(
-            f"SRC must be a folder, a .gguf file or owner/name on Hugging Face, not the file {path}"
-        )
-    return _open_gguf(path) if path.is_file() else _open_folder(path, scratch, report)
+def _open(path: Path, scratch: Path, report: Report) -> TargetSource:
+    if (gguf := find_gguf(path)) is not None:
+        return _open_gguf(gguf)
+    if not path.is_dir():
+        raise ValueError(f"SRC must be a folder, a GGUF or owner/name on Hugging Face, not the file {path}")
+    return _open_folder(path, scratch, report)
 
 
 def _open_gguf(path: Path) -> TargetSource:
@@ -106,88 +115,93 @@ def _open_gguf(path: Path) -> TargetSource:
     config = {name: value for name, value in config.items() if value is not None}
     config["eos_token_id"] = sorted(tokenizer.eos_token_ids)  # end of text and end of turn
     rope = model.layers[0].self_attn.rope
-    if "rope_scaling" in config and hasattr(rope, "_freqs"):
+    if config.get("rope_scaling", {}).get("type") == "llama3":
         # The file stores each frequency's divisor; a config has one factor, the largest of them.
         dims = config["head_dim"]
         plain = config["rope_theta"] ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
         config["rope_scaling"]["factor"] = round((rope._freqs / plain).max().item(), 4)
     packed = {
-        name: {"group_size": module.group_size, "bits": module.bits}
+        name: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
         for name, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        if "scales" in module
     }
     if packed:
-        bits = Counter(entry["bits"] for entry in packed.values()).most_common(1)[0][0]
-        group_size = next(iter(packed.values()))["group_size"]
-        others = {name: entry for name, entry in packed.items() if entry["bits"] != bits}
-        config["quantization"] = {
-            "group_size": group_size,
-            "bits": bits,
-            "mode": "affine",
-            **others,
-        }
+        common = Counter(tuple(entry.items()) for entry in packed.values()).most_common(1)[0][0]
+        others = {name: entry for name, entry in packed.items() if tuple(entry.items()) != common}
+        config["quantization"] = {**dict(common), **others}
     return TargetSource(model, config, None, tokenizer)
 
 
 def _open_folder(folder: Path, scratch: Path, report: Report) -> TargetSource:
-    read_json(folder / "config.json")
-    weights = sorted(folder.glob("model*.safetensors"))
-    if not weights or _holds_drafter(weights):
-        _stage(folder, weights, scratch, report)
-        weights = sorted(scratch.glob("model*.safetensors"))
-    loadable = scratch if weights and weights[0].parent == scratch else folder
+    """Stage the folder in `scratch` as mlx-lm reads it, and map that."""
+    config = read_json(folder / "config.json")
+    config = {key: value for key, value in config.items() if key not in _DRAFTER_KEYS}
+    (scratch / "config.json").write_text(json.dumps(config))
+    if (quantized := folder / "hf_quant_config.json").is_file():
+        (scratch / quantized.name).write_text(json.dumps(read_json(quantized)))
+    listed, files = _weight_files(folder)
+    found: set[str] = set()
+    for number, file in enumerate(files):
+        report(f"reading {file.name}")
+        found |= _stage(file, scratch / f"model-{number:05d}.safetensors")
+    if absent := sorted(listed - found):
+        raise ValueError(f"{folder}: its index names tensors that its shards lack: {shortened(absent)}")
+    if drafters := sum(name.startswith(_DRAFTERS) for name in found):
+        report(f"{drafters} tensors of a drafter are left out; `redrafter-convert drafter` takes those")
     try:
-        model, config = load_model(loadable, lazy=True)
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} cannot be loaded as an mlx-lm model: {reason[:600]}") from None
+        model, config = map_model(scratch, read_config(scratch))
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(scratch), str(folder))) from None
     return TargetSource(model, config, folder)
 
 
-def _holds_drafter(files: list[Path]) -> bool:
-    """Also checks that no file is cut short: mlx-lm would not notice."""
-    names = [name for file in files for name in read_safetensors(file)]
-    return any(name.startswith("drafter.") for name in names)
+def _weight_files(folder: Path) -> tuple[set[str], list[Path]]:
+    """The tensors that an index lists, none where there is no index; and the files of weights.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or not all that the index names.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file() and (files := sorted(folder.glob(WEIGHTS))):
+        return set(), files
+    file = main_file(folder)
+    if not file.name.endswith(".index.json"):
+        return set(), [file]
+    where, files = shard_files(file)
+    return set(where), files
 
 
-def _stage(folder: Path, weights: list[Path], scratch: Path, report: Report) -> None:
-    """Put into `scratch` what mlx-lm can load: configs, and safetensors without a drafter."""
-    for file in folder.glob("*.json"):
-        if not file.name.endswith(".index.json"):
-            shutil.copyfile(file, scratch / file.name)
-    settings = scratch / "config.json"
-    config = read_json(settings)
-    config.pop("redrafter", None)
-    settings.write_text(json.dumps(config))
-    left_out = 0
-    for number, (file, tensors) in enumerate(tensor_files(folder, weights)):
-        arrays = {name: as_array(t) for name, t in tensors.items() if not name.startswith("drafter.")}
-        left_out += len(tensors) - len(arrays)
-        report(f"reading {file.name}")
-        if arrays:
-            mx.save_safetensors(str(scratch / f"model-{number:05d}.safetensors"), arrays)
-    if left_out:
-        report(f"{left_out} tensors of a drafter are left out; `redrafter-convert drafter` takes those")
+def _stage(file: Path, staged: Path) -> set[str]:
+    """Put a file of weights to where mlx-lm reads it, as safetensors without a drafter. Returns its tensors' names.
 
-
-def tensor_files(folder: Path, weights: list[Path]) -> Iterator[tuple[Path, dict[str, Tensor]]]:
-    """The weight files with their tensors, one after the other."""
-    if weights:
-        for file in weights:
-            yield file, dict(read_safetensors(file))
-        return
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        _, files = shard_files(index)
+    Raises:
+        FileNotFoundError, ValueError: it is damaged, or holds values that are no numbers.
+    """
+    if file.suffix == ".safetensors":
+        _check_finite_files([file], str(file))
+        arrays = read_safetensors(file)
+        if not any(name.startswith(_DRAFTERS) for name in arrays):
+            staged.symlink_to(file.resolve())
+            return set(arrays)
     else:
-        known = ("pytorch_model.bin", "model.pt", "model.bin", "model.pth")
-        files = [folder / name for name in known if (folder / name).is_file()][:1]
-    if not files:
-        raise FileNotFoundError(
-            f"no weights in {folder}: looked for model*.safetensors and pytorch_model*.bin"
-        )
+        arrays = {name: as_array(tensor) for name, tensor in read_torch(file).items()}
+        check_finite(arrays, str(file))
+    kept = {name: array for name, array in arrays.items() if not name.startswith(_DRAFTERS)}
+    if kept:
+        write_safetensors(staged, kept, {"format": "mlx"})
+    return set(arrays)
+
+
+def _check_finite_files(files: list[Path], where: str) -> None:
+    """Check that all weights are numbers, with no more than one of them in memory.
+
+    Raises:
+        ValueError: one is not, or a file is damaged.
+    """
     for file in files:
-        yield file, dict(read_torch(file))
+        arrays = read_safetensors(file)
+        while arrays:
+            check_finite(dict([arrays.popitem()]), where)
 
 
 def _change(found: TargetSource, options: TargetOptions, report: Report) -> tuple[nn.Module, dict[str, Any]]:
@@ -221,12 +235,23 @@ def _copy_text_files(folder: Path, part: Path) -> None:
     for pattern in _TEXT_FILES:
         for file in folder.glob(pattern):
             if file.is_file():
+                check_real(file)
                 shutil.copyfile(file, part / file.name)
 
 
-def _check_reload(part: Path, model: nn.Module, source: str) -> None:
-    """What was written must come back: all shapes (mlx-lm checks) and the RoPE frequencies."""
-    again, _ = load_model(part, lazy=True)
+def _check_reload(part: Path, model: nn.Module, source: str, report: Report) -> None:
+    """What was written must come back: config, tokenizer, all shapes (mlx-lm checks) and the RoPE frequencies.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        again, config = map_model(part, read_config(part))
+        with_ends(part, config)
+        if load_tokenizer(part, config) is None:
+            report("there is no tokenizer: prompts can be token ids only")
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(part), source)) from None
     for (name, module), (_, other) in zip(_ropes(model), _ropes(again), strict=True):
         mine, theirs = getattr(module, "_freqs", None), getattr(other, "_freqs", None)
         if mine is None and theirs is None:

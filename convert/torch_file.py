@@ -1,249 +1,33 @@
-"""PyTorch files (`.pt`, `.bin`, `.pth`) read as weights only; nothing in them is executed.
+"""PyTorch files (.pt, .bin, .pth) as weights only, without PyTorch and without running anything in them.
 
-`torch.save` writes a pickle whose tensors refer to raw storages kept beside it. Python's unpickler
-imports and calls whatever a pickle names, so it is not used: the machine below interprets the few
-opcodes that hold data, and a name outside `_REBUILD` and `_STORAGES` is an error before anything
-happens. Tensors are read when asked for.
-
-Sources: Python's pickletools (opcodes); PyTorch's file formats: a zip archive `NAME/data.pkl`,
-`NAME/data/KEY` (1.6 and later) and, before, five pickles followed by the raw storages.
+What a file holds is a pickle (`torch_pickle`) that names storages by key, and the storages' raw bytes. There are two
+formats: a zip archive `NAME/data.pkl`, `NAME/data/KEY` (1.6 and later) and, before, five pickles followed by the raw
+storages.
 """
 
 from __future__ import annotations
 
 import io
-import pickletools
+import mmap
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import mlx.core as mx
-import numpy as np
+from redrafter_mlx.files import check_real
+
+from .torch_pickle import Machine, UnsafeFile
+from .torch_tensor import Storage, TorchTensor, described_storage
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_SHARING = 16  # times that a file's bytes may be read as tensors that share them; tied weights make it 2
 
-# Storage class -> (dtype of its bytes, dtype of the array). MLX's GPU has no float64, numpy no
-# bfloat16.
-_STORAGES: dict[str, tuple[str, mx.Dtype]] = {
-    "torch.FloatStorage": ("<f4", mx.float32), "torch.HalfStorage": ("<f2", mx.float16),
-    "torch.BFloat16Storage": ("<u2", mx.bfloat16), "torch.DoubleStorage": ("<f8", mx.float32),
-    "torch.ByteStorage": ("<u1", mx.uint8), "torch.CharStorage": ("<i1", mx.int8),
-    "torch.ShortStorage": ("<i2", mx.int16), "torch.IntStorage": ("<i4", mx.int32),
-    "torch.LongStorage": ("<i8", mx.int64), "torch.BoolStorage": ("?", mx.bool_),
-}  # fmt: skip
-
-
-class UnsafeFile(ValueError):
-    """The pickle asks for something that is not data."""
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A global the pickle may mention: only a label here, never the object of that name."""
-
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """Raw bytes of one dtype, shared by any number of tensors."""
-
-    read: Callable[[str], bytes]
-    key: str
-    kind: str
-    size: int
-    start: int = 0
-    """First value of this view (legacy files only)."""
-
-
-@dataclass(frozen=True, slots=True)
-class TorchTensor:
-    """A tensor of the file, not read yet. `shape` and `stride` count values."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """Of the array that `array` returns."""
-        return _STORAGES[self.storage.kind][1]
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    def array(self) -> mx.array:
-        """Read it. float64 becomes float32.
-
-        Raises:
-            ValueError: its bytes are missing or damaged.
-        """
-        code, dtype = _STORAGES[self.storage.kind]
-        values = np.frombuffer(self.storage.read(self.storage.key), dtype=code)
-        start = self.storage.start + self.offset
-        steps = [step * values.itemsize for step in self.stride]
-        last = start + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        if self.size and last >= len(values):
-            raise ValueError(
-                f"a tensor of shape {self.shape} reaches past its storage of {len(values)} values"
-            )
-        view = np.lib.stride_tricks.as_strided(values[start:], self.shape, steps)
-        if dtype == mx.bfloat16:
-            return mx.array(view).view(mx.bfloat16)
-        return mx.array(view.astype(np.float32) if code == "<f8" else view)
-
-
-def _ints(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or not all(isinstance(v, int) and v >= 0 for v in values):
-        raise ValueError("sizes and strides must be tuples of non-negative integers")
-    return values
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TorchTensor:
-    """torch._utils._rebuild_tensor[_v2]; gradient flag and hooks do not matter here."""
-    if not isinstance(storage, Storage) or not isinstance(offset, int) or offset < 0:
-        raise ValueError("a tensor needs a storage and an offset")
-    tensor = TorchTensor(storage, offset, _ints(shape), _ints(stride))
-    if len(tensor.shape) != len(tensor.stride) or tensor.size > storage.size:
-        raise ValueError(f"a tensor of shape {shape}, strides {stride} cannot lie in {storage.size} values")
-    return tensor
-
-
-# The only calls a file may ask for, and what is done instead.
-_REBUILD: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch.Size": lambda sizes=(): tuple(sizes),
-    "collections.OrderedDict": lambda pairs=(): dict(pairs),
-}
-_CONSTANTS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "BINUNICODE",
-    "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
-}  # fmt: skip
-_FIXED: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
-}  # fmt: skip
-_MARK = object()
 # What zipfile, pickletools and the machine raise on bytes that make no sense.
 _DAMAGE = (
     ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, EOFError, OSError,
     MemoryError, RuntimeError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
-
-
-def _name(module: str, name: str) -> Name:
-    path = f"{module}.{name}"
-    if path not in _REBUILD and path not in _STORAGES:
-        raise UnsafeFile(
-            f"asks for {path}, which is not a tensor: only weights are read, no code is run. "
-            "Save the model's state_dict() with torch.save, or as safetensors"
-        )
-    return Name(path)
-
-
-class _Machine:
-    """Interprets a pickle of tensors, containers and constants."""
-
-    def __init__(self, load: Callable[[Any], Storage]) -> None:
-        self.load = load
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-
-    def run(self, data: BinaryIO) -> Any:
-        """The value of the pickle at `data`'s position, which ends up behind it."""
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "STOP":
-                return self.stack.pop()
-            self.step(opcode.name, argument)
-        raise ValueError("the pickle has no end")
-
-    def step(self, op: str, argument: Any) -> None:
-        stack = self.stack
-        if op in _CONSTANTS:
-            stack.append(argument)
-        elif op in _FIXED:
-            stack.append(_FIXED[op]())
-        elif op in ("BINPUT", "LONG_BINPUT", "MEMOIZE", "PUT"):
-            self.memo[len(self.memo) if argument is None else int(argument)] = stack[-1]
-        elif op in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(self.memo[int(argument)])
-        elif op == "MARK":
-            stack.append(_MARK)
-        elif op not in ("PROTO", "FRAME") and not self.call(op, argument):
-            self.collect(op)
-
-    def call(self, op: str, argument: Any) -> bool:
-        """Opcodes by which a pickle would name and call things; False for any other."""
-        stack = self.stack
-        if op == "GLOBAL":
-            stack.append(_name(*argument.split(" ", 1)))
-        elif op == "STACK_GLOBAL":
-            name, module = stack.pop(), stack.pop()
-            stack.append(_name(str(module), str(name)))
-        elif op == "BINPERSID":
-            stack.append(self.load(stack.pop()))
-        elif op == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            if not isinstance(function, Name) or function.path not in _REBUILD:
-                raise UnsafeFile("calls something that does not rebuild a tensor")
-            stack.append(_REBUILD[function.path](*arguments))
-        else:
-            return False
-        return True
-
-    def collect(self, op: str) -> None:
-        """Opcodes that fill containers."""
-        stack = self.stack
-        if op == "TUPLE":
-            stack.append(tuple(self.since_mark()))
-        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(op[-1])
-            stack[-count:] = [tuple(stack[-count:])]
-        elif op in ("SETITEMS", "SETITEM"):
-            items = self.since_mark() if op == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                self.top(dict)[key] = value
-        elif op in ("APPENDS", "APPEND"):
-            items = self.since_mark() if op == "APPENDS" else [stack.pop()]
-            self.top(list).extend(items)
-        elif op == "BUILD":  # the attribute _metadata of a state dict: versions of modules
-            stack.pop()
-            self.top(dict)
-        else:
-            raise UnsafeFile(f"uses the pickle opcode {op}, which no file of weights needs")
-
-    def since_mark(self) -> list[Any]:
-        items = []
-        while (item := self.stack.pop()) is not _MARK:
-            items.append(item)
-        return items[::-1]
-
-    def top(self, kind: type) -> Any:
-        if not isinstance(self.stack[-1], kind):
-            raise ValueError(f"the pickle fills a {type(self.stack[-1]).__name__} as a {kind.__name__}")
-        return self.stack[-1]
-
-
-def _storage(key: Any, read: Callable[[str], bytes]) -> Storage:
-    """A persistent id: ("storage", class, key, device, size[, view (legacy files only)])."""
-    label, kind, name, _, size, *view = key
-    if label != "storage" or not isinstance(kind, Name) or kind.path not in _STORAGES:
-        raise ValueError("a storage is described in an unknown way")
-    if not isinstance(name, str) or not isinstance(size, int):
-        raise ValueError("a storage needs a name and a size")
-    if view and view[0] is not None:
-        _, start, size = view[0]
-        return Storage(read, name, kind.path, size, *_ints((start,)))
-    return Storage(read, name, kind.path, size)
 
 
 class _Zip:
@@ -263,8 +47,13 @@ class _Zip:
                 raise ValueError("it was written on a big-endian machine")
         self.last: tuple[str, bytes] = ("", b"")
 
+    def parse(self) -> Any:
+        """What was saved, its tensors not read yet."""
+        return Machine(self.load, len(self.pickle)).run(io.BytesIO(self.pickle))
+
     @staticmethod
     def entry(archive: zipfile.ZipFile, name: str) -> bytes:
+        """The bytes of one entry."""
         info = archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"its entry {name} is compressed, which torch.save never does")
@@ -273,20 +62,26 @@ class _Zip:
         with archive.open(info) as file:
             return file.read()
 
-    def load(self, key: Any) -> Storage:
-        storage = _storage(key, self.read)
-        width = np.dtype(_STORAGES[storage.kind][0]).itemsize
-        if self.sizes.get(f"{self.root}/data/{storage.key}") != storage.size * width:
-            raise ValueError(f"its storage {storage.key} is missing or has another size than the pickle says")
+    def load(self, key: tuple[Any, ...]) -> Storage:
+        """A storage, its size compared with the archive's."""
+        storage = described_storage(key, self.read)
+        if self.sizes.get(f"{self.root}/data/{storage.key}") != storage.size * storage.width:
+            raise ValueError(
+                f"its storage {storage.key[:60]} is missing or has another size than the pickle says"
+            )
         return storage
 
     def read(self, key: str) -> bytes:
+        """The bytes of a storage."""
         if self.last[0] != key:
+            name = f"{self.root}/data/{key}"
             try:
                 with zipfile.ZipFile(self.path) as archive:
-                    self.last = (key, self.entry(archive, f"{self.root}/data/{key}"))
+                    self.last = (key, self.entry(archive, name))
             except _DAMAGE as error:
-                raise ValueError(f"{self.path} is damaged: {error}") from None
+                raise ValueError(f"{self.path} is damaged: {_short(error)}") from None
+            if len(self.last[1]) != self.sizes[name]:
+                raise ValueError(f"{self.path} is damaged: its storage {key[:60]} is cut short")
         return self.last[1]
 
 
@@ -295,53 +90,78 @@ class _Legacy:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.widths: dict[str, int] = {}
+        self.storages: dict[str, Storage] = {}
         self.places: dict[str, tuple[int, int]] = {}
 
-    def load(self, key: Any) -> Storage:
-        storage = _storage(key, self.read)
-        self.widths[storage.key] = np.dtype(_STORAGES[storage.kind][0]).itemsize
+    def load(self, key: tuple[Any, ...]) -> Storage:
+        """A storage whose bytes follow later in the file."""
+        storage = described_storage(key, self.read)
+        first = self.storages.setdefault(storage.key, storage)
+        if first.kind != storage.kind:
+            raise ValueError(f"its storage {storage.key[:60]} is of two dtypes")
         return storage
 
     def parse(self) -> Any:
-        with self.path.open("rb") as file:
+        """What was saved, its tensors not read yet."""
+        with (
+            self.path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            size = len(data)
             for expected in (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
-                if _Machine(self.load).run(file) != expected:
+                if Machine(self.load, size).run(data) != expected:
                     raise ValueError("it does not begin as a PyTorch file")
-            platform = _Machine(self.load).run(file)
+            platform = Machine(self.load, size).run(data)
             if not isinstance(platform, dict) or platform.get("little_endian") is not True:
                 raise ValueError("it was written on a big-endian machine")
-            value = _Machine(self.load).run(file)
-            keys = _Machine(self.load).run(file)
-            size = self.path.stat().st_size
+            value = Machine(self.load, size).run(data)
+            keys = Machine(self.load, size).run(data)
+            if not isinstance(keys, list) or not all(type(key) is str for key in keys):
+                raise ValueError("the keys of its storages must be text")
             for key in keys:
-                (count,) = struct.unpack("<q", file.read(8))
-                self.places[key] = (file.tell(), count * self.widths[key])
-                file.seek(self.places[key][1], io.SEEK_CUR)
-                if not 0 <= file.tell() <= size:
+                (count,) = struct.unpack("<q", data.read(8))
+                begin, length = data.tell(), count * self.storages[key].width
+                if count < 0 or begin + length > size:
                     raise ValueError("it is cut short")
-        if self.widths.keys() - self.places.keys():
-            raise ValueError("storages are missing")
+                self.places[key] = (begin, length)
+                data.seek(begin + length)
+        for key, storage in self.storages.items():
+            if key not in self.places:
+                raise ValueError("storages are missing")
+            if (storage.start + storage.size) * storage.width > self.places[key][1]:
+                raise ValueError(f"its storage {key[:60]} has another size than the pickle says")
         return value
 
     def read(self, key: str) -> bytes:
+        """The bytes of a storage."""
         start, size = self.places[key]
         with self.path.open("rb") as file:
             file.seek(start)
-            return file.read(size)
+            data = file.read(size)
+        if len(data) != size:
+            raise ValueError(f"{self.path} is damaged: its storage {key[:60]} is cut short")
+        return data
+
+
+def _short(error: BaseException) -> str:
+    """What an error says, on one line and without the file's own lengthy values."""
+    said = "an offset in it leads nowhere" if isinstance(error, OSError) else str(error)
+    text = " ".join(said.split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _tensors(item: Any) -> dict[str, TorchTensor]:
+    pairs = item.items() if isinstance(item, dict) else ()
+    return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, TorchTensor)}
 
 
 def _state_dict(value: Any) -> dict[str, TorchTensor]:
     """The one dictionary of tensors in what was saved: itself, or a value such as "state_dict"."""
-
-    def tensors(item: Any) -> dict[str, TorchTensor]:
-        pairs = item.items() if isinstance(item, dict) else ()
-        return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, TorchTensor)}
-
-    if found := tensors(value):
+    if found := _tensors(value):
         return found
-    inner: Iterator[Any] = iter(value.values() if isinstance(value, dict) else ())
-    candidates = [found for item in inner if (found := tensors(item))]
+    inner = list(value.values()) if isinstance(value, dict) else []
+    apart = {id(item): item for item in inner}  # one dictionary under many names is looked at once
+    candidates = [found for item in apart.values() if (found := _tensors(item))]
     if len(candidates) != 1:
         raise ValueError(f"it holds {len(candidates)} dictionaries of tensors, where one is expected")
     return candidates[0]
@@ -354,19 +174,22 @@ def read_torch(path: Path) -> dict[str, TorchTensor]:
         FileNotFoundError: no such file.
         ValueError: not a PyTorch file, damaged, or asking for more than weights; the path is named.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_real(path)
     try:
+        reader: _Zip | _Legacy
         if zipfile.is_zipfile(path):
-            archive = _Zip(path)
-            value = _Machine(archive.load).run(io.BytesIO(archive.pickle))
+            reader = _Zip(path)
         else:
             with path.open("rb") as file:
                 if file.read(2) == b"PK":
                     raise ValueError("the zip archive is cut short")
-            value = _Legacy(path).parse()
-        return _state_dict(value)
+            reader = _Legacy(path)
+        tensors = _state_dict(reader.parse())
+        needed = sum(tensor.size * tensor.storage.width for tensor in tensors.values())
+        if needed > _SHARING * path.stat().st_size:
+            raise ValueError(f"its tensors share their bytes more than {_SHARING} times")
     except UnsafeFile as error:
-        raise UnsafeFile(f"{path} {error}") from None
+        raise UnsafeFile(f"{path} {_short(error)}") from None
     except _DAMAGE as error:
-        raise ValueError(f"{path} is not a PyTorch file of weights, or is damaged: {error}") from None
+        raise ValueError(f"{path} is not a PyTorch file of weights, or is damaged: {_short(error)}") from None
+    return tensors

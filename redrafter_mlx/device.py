@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
@@ -49,16 +50,39 @@ def device_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def memory_bytes() -> int:
-    """Bytes of memory this process may use: the machine's, or the container's limit where that is less."""
+    """Bytes of memory this process may use: the machine's, or the limit of its container or service where less."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in _CGROUP_LIMITS:
+    for path in _limit_files():
         try:
-            with open(path, encoding="ascii") as file:
-                limits.append(int(file.read()))
+            limits.append(int(path.read_text(encoding="ascii")))
         except (OSError, ValueError):  # no such control group, or "max"
             continue
     return min(limits)
+
+
+def _limit_files() -> Iterator[Path]:
+    """The files with a memory limit of this process's control group and of all above it, of both versions of cgroups.
+
+    Inside a container the group may be named as the host sees it, while the container's own is mounted at the root:
+    groups that are not there are skipped by the caller.
+    """
+    try:
+        lines = _OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # macOS
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            root, name = _CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = PurePosixPath(group.lstrip("/"))
+        for each in (own, *own.parents):
+            yield root / each / name

@@ -1,21 +1,25 @@
-"""Reading and writing files so that a mistake is one clear error and nothing is ever half-written; weights by name."""
+"""Reading and writing files so that a mistake is one clear error and nothing is ever half-written; weights by name.
+
+How a file or folder appears whole or not at all is `output`'s part; its functions are to be had here too.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+
+from .output import check_writable as check_writable
+from .output import new_file as new_file
+from .output import new_folder as new_folder
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 """What weights can be cast to, by name."""
@@ -78,7 +82,10 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         FileNotFoundError, ValueError: see `check_safetensors`.
     """
     check_safetensors(path)
-    arrays = mx.load(str(path), format="safetensors")
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except RuntimeError as error:  # whatever its parser finds beyond what is checked here
+        raise ValueError(f"{path} cannot be read: {error}") from None
     assert isinstance(arrays, dict)
     return arrays
 
@@ -101,6 +108,11 @@ def check_safetensors(path: Path) -> int:
         entries = None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} is not a safetensors file, or is cut short in its header")
+    if odd := next((name for name in entries if not name.isprintable()), None):
+        raise ValueError(f"{path} is damaged: a tensor is called {odd[:40]!r}")
+    notes = entries.get("__metadata__") or {}  # MLX writes null where there is none
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise ValueError(f"{path}: __metadata__ must be an object of text, not {str(notes)[:60]}")
     spans = sorted(_span(path, name, entry) for name, entry in entries.items() if name != "__metadata__")
     end = 0
     for begin, stop, name in spans:
@@ -123,9 +135,9 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     """
     values = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
-    if dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         known = ", ".join(sorted(_DTYPE_BYTES))
-        raise ValueError(f"{path}: {name} has dtype {dtype!r}; MLX reads {known}")
+        raise ValueError(f"{path}: {name} has dtype {str(dtype)[:40]!r}; MLX reads {known}")
     if not _are_sizes(shape) or not _are_sizes(offsets):
         wrong = f"{str(shape)[:60]} and {str(offsets)[:60]}"
         raise ValueError(f"{path}: {name} must have a shape and data_offsets of whole numbers, not {wrong}")
@@ -152,35 +164,6 @@ def write_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[st
         raise OSError(f"{path.parent} cannot hold {path.name}: {error}") from None
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` whose files move into `path` when the block ends without an error.
-
-    Files of an older version with other names stay; those written are each replaced in one move.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield part
-        path.mkdir(exist_ok=True)
-        for file in sorted(part.iterdir()):
-            file.replace(path / file.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def named_weights(module: nn.Module) -> dict[str, mx.array]:
     """Every parameter by its dotted name."""
     return cast(dict[str, mx.array], dict(tree_flatten(module.parameters())))
@@ -194,6 +177,17 @@ def weight_bytes(module: nn.Module) -> int:
 def cast_floating(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
     """A weight in another dtype where it is a floating one; None keeps its own."""
     return array.astype(dtype) if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def check_finite(arrays: Mapping[str, mx.array], where: str) -> None:
+    """Check that every floating-point tensor holds numbers only, reading one after the other.
+
+    Raises:
+        ValueError: the first that holds NaN or an infinity.
+    """
+    for name, array in arrays.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.all(mx.isfinite(array)).item():
+            raise ValueError(f"{where}: {name} holds values that are not finite (NaN or infinity)")
 
 
 def check_weights(module: nn.Module, weights: dict[str, mx.array], where: str) -> None:

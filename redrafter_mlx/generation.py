@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .auto import Auto, Learned, cost_table
-from .decode import Text, decode, prefill
+from .decode import Text, decode, prefill, rows_shown
+from .drafters.history import History
 from .drafters.interface import Drafter, Seen
+from .drafters.lookup import Lookup
 from .policy import Fixed, Off, Policy
 from .prompts import Prompt, encode_prompt
 from .sampling import Sampling
@@ -25,6 +28,8 @@ from .tree import MAX_NODES, Beam
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_log = logging.getLogger("redrafter_mlx")
 
 RESERVED_TOKENS = 4096  # KV cache allocated at once for an answer; longer ones grow it in blocks
 
@@ -40,6 +45,8 @@ class Model:
     """Tokens that end an answer; of the tokenizer where there is one."""
     learned: Learned | None = None
     """What `draft="auto"` has learned about target and drafter on this machine."""
+    lookup: Lookup | None = None
+    """Drafts what has stood in the text before, beside the drafter or without one."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,12 +70,17 @@ class Chunk:
     text: str
     """What became certain with this token; may be empty, or more than one token's text."""
     token: int
-    from_draft: bool
-    """True where it is an accepted draft token."""
+    source: str | None
+    """What drafted it ("lookup", "recurrent", ...); None where it is the target's own next token."""
     finish_reason: str | None
     """"stop" or "length" with the last token."""
     stats: Stats
     """Of the generation so far; the same object in every chunk."""
+
+    @property
+    def from_draft(self) -> bool:
+        """True where it is an accepted draft token."""
+        return self.source is not None
 
 
 @dataclass(slots=True)
@@ -96,10 +108,11 @@ class PromptCache:
         if self.kv is not None and self.kv.bits != kv_bits:
             raise ValueError(f"cache has kv_bits {self.kv.bits}, asked for {kv_bits}")
 
-    def reuse(self, prompt: Sequence[int]) -> int:
-        """Cut the cache back to the longest prefix it shares with `prompt`; returns that prefix's length.
+    def reuse(self, prompt: Sequence[int], drafter: Drafter | None = None) -> int:
+        """Cut the cache back to the longest prefix that it shares with `prompt` and can go back to; returns its length.
 
-        At least one prompt token is left to process: the drafter needs the hidden state of the last one.
+        At least one prompt token is left to process: the drafter needs the hidden state of the last one. One that reads
+        the rows of all positions needs those it has not been shown, because it was off in an earlier turn, once more.
         """
         if self.kv is None:
             return 0
@@ -108,6 +121,8 @@ class PromptCache:
             if mine != theirs:
                 break
             shared += 1
+        depends_on_cut = self.target is not None and self.target.depends_on_cut
+        shared = 0 if depends_on_cut else self.kv.reach(min(shared, rows_shown(drafter, self.kv)))
         if not self.kv.can_trim_to(shared):
             self.kv, self.tokens = None, []
             return 0
@@ -116,13 +131,21 @@ class PromptCache:
         return shared
 
     def store(self, kv: KVCache, tokens: list[int]) -> None:
-        """Leave the cache with exactly the tokens that were given or emitted, also after an interruption."""
+        """Leave the cache with exactly the tokens that were given or emitted, also after an interruption; empty where
+        the next thread could not go on with it.
+        """
         self.in_use = False
-        surplus = kv.length - len(tokens)
-        if surplus > 0 and not kv.can_trim_to(len(tokens)):
+        kept = kv.reach(min(kv.length, len(tokens)))
+        if not kv.can_trim_to(kept):
             self.kv, self.tokens = None, []
             return
-        kv.trim(max(0, surplus))
+        try:
+            kv.trim(kv.length - kept)
+            kv.mark()  # a turn's boundary, where a conversation may be taken up again
+            kv.settle()
+        except RuntimeError:  # closed in another thread than the one that read the stream
+            self.kv, self.tokens = None, []
+            return
         self.kv, self.tokens = kv, tokens[: kv.length]
 
 
@@ -139,21 +162,32 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
     """The policy for a `draft` argument: "auto", "off", "WxL", "WxL@N" or a Beam.
 
     Raises:
-        ValueError: none of these, or drafting asked for without a drafter or beyond its size.
+        ValueError: none of these, or drafting asked for without a drafter, beyond its size, or in a way that the target
+            cannot verify.
     """
     drafter = model.drafter
-    if draft == "off" or (draft == "auto" and drafter is None):
-        return Off()
-    if drafter is None:
+    nothing_to_draft = drafter is None and model.lookup is None
+    if draft == "off" or (draft == "auto" and (nothing_to_draft or not model.target.drafts.chains)):
+        return Off()  # where drafts cannot be verified, that was said when the model was loaded
+    if nothing_to_draft:
         raise ValueError(
             f"draft={str(draft)!r} needs a drafter, and {model.target.name} was loaded without one"
         )
     if draft == "auto":
-        if model.learned is None:
-            with model.lock:
+        with model.lock:
+            if model.learned is None:
                 model.learned = Learned(cost_table(model.target, drafter))
-        return Auto(model.learned, greedy, drafter)
+            elif model.learned.is_stale:
+                _log.warning(
+                    "steps take other times than were measured before: measuring again (some seconds)"
+                )
+                table = cost_table(model.target, drafter, fresh=True, on_measure=lambda: None)
+                model.learned = Learned(table)
+        return Auto(model.learned, greedy, drafter, None if model.target.branches else 1)
     beam = draft if isinstance(draft, Beam) else Beam.parse(draft)
+    _check_verifiable(model.target, beam)
+    if drafter is None:
+        return Fixed(beam)
     if beam.width > drafter.max_width:
         raise ValueError(
             f"beam width must be at most the drafter's vocabulary {drafter.max_width}, not {beam.width}"
@@ -163,6 +197,21 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
             f"beam length must be at most {drafter.max_length} with this drafter, not {beam.length}"
         )
     return Fixed(beam)
+
+
+def _check_verifiable(target: Target, beam: Beam) -> None:
+    """Check that what is drafted can be verified.
+
+    Raises:
+        ValueError: it cannot; with the reason.
+    """
+    can = target.drafts
+    if not can.chains:
+        raise ValueError(f"draft='{beam}': {target.name} verifies no drafts: {can.reason}")
+    if beam.width > 1 and not can.branches:
+        raise ValueError(
+            f"draft='{beam}' is a tree, and {target.name} verifies chains only, as 1x{beam.length}: {can.reason}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,13 +308,14 @@ def _stream(
 ) -> Iterator[Chunk]:
     cache.check(model.target, options.kv_bits)  # again: another stream may have begun since
     cache.in_use, cache.target = True, model.target
-    reused = cache.reuse(prompt)
+    drafter = None if isinstance(policy, Off) else model.drafter
+    reused = cache.reuse(prompt, drafter)
     with model.lock:
         kv = cache.kv or model.target.new_cache(options.kv_bits)
     kv.reserve(len(prompt) + min(options.max_tokens, RESERVED_TOKENS) + MAX_NODES)
     text = Text(
-        model.target, model.drafter, kv, policy, options.sampling, prompt,
-        max_tokens=options.max_tokens, ends=model.eos_token_ids,
+        model.target, drafter, kv, policy, options.sampling, prompt,
+        lookup=model.lookup, max_tokens=options.max_tokens, ends=model.eos_token_ids,
     )  # fmt: skip
     stats = text.stats
     stats.prompt_tokens, stats.reused_tokens = len(prompt), reused
@@ -274,8 +324,18 @@ def _stream(
         with _wired(model):
             yield from run.chunks(prompt[reused:])
     finally:
+        said = [*prompt, *stats.token_ids]
         with model.lock:
-            cache.store(kv, [*prompt, *stats.token_ids])
+            cache.store(kv, said)
+            if model.lookup is not None and model.lookup.history is not None:
+                _remember(model.lookup.history, said)
+
+
+def _remember(history: History, tokens: list[int]) -> None:
+    try:
+        history.add(tokens)
+    except OSError as error:  # the answer is there all the same
+        _log.warning("the text could not be kept in %s: %s", history.path, error)
 
 
 class _Run:
@@ -307,7 +367,7 @@ class _Run:
 
     def _emit(self, tokens: list[int]) -> Iterator[Chunk]:
         """A chunk for each token of a step."""
-        stats, stream, num_drafted = self._text.stats, self._stream, self._text.num_accepted
+        stats, stream, sources = self._text.stats, self._stream, self._text.sources
         for index, token in enumerate(tokens):
             stats.token_ids.append(token)
             stats.generated_tokens += 1
@@ -321,7 +381,8 @@ class _Run:
                 if stream.stopped:  # completed by what the detokenizer had held back
                     stats.finish_reason = "stop"
             stats.peak_memory_bytes = mx.get_peak_memory()
-            yield Chunk(piece, token, index < num_drafted, stats.finish_reason, stats)
+            source = sources[index] if index < len(sources) else None
+            yield Chunk(piece, token, source, stats.finish_reason, stats)
             if stats.finish_reason:
                 return
 

@@ -1,7 +1,7 @@
-"""Operations that have a faster form on a CPU, and the only door to that form (`redrafter_mlx.cpu`).
+"""Operations with a faster implementation on a CPU; the only module that uses `redrafter_mlx.cpu`.
 
-On a GPU, with `REDRAFTER_CPU=off`, or without the `cpu` folder each of them is MLX's own operation. Which form
-is taken is asked at every call, because a program may change MLX's default device.
+On a GPU, with `REDRAFTER_CPU=off`, or without the `cpu` folder each of them is MLX's own operation. The choice is made
+at every call, because a program may change MLX's default device.
 
 Letters: n rows, K inputs, O outputs.
 """
@@ -31,11 +31,11 @@ def _on_cpu() -> bool:
 
 
 class Weight(Protocol):
-    """A constant matrix (O, K) to multiply with."""
+    """A constant matrix (O, K), by whose transpose inputs are multiplied."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that one product reads."""
+        """Bytes that one multiplication reads."""
 
     def dense(self) -> mx.array:
         """(O, K)"""
@@ -45,7 +45,7 @@ class Weight(Protocol):
 
 
 class DenseWeight:
-    """A constant matrix as MLX multiplies it."""
+    """A constant matrix (O, K) with MLX's own multiplication."""
 
     def __init__(self, weight: mx.array) -> None:
         self.weight = weight
@@ -62,10 +62,10 @@ class DenseWeight:
 
 
 class Rotations(Protocol):
-    """Rotations by position that all layers of a model share."""
+    """RoPE's rotations at the current positions, which all layers of a model share."""
 
     def rotate(self, rope: Any, x: mx.array, positions: mx.array) -> mx.array | None:
-        """`rope.by_row(x, positions)`, looked up; None where that is not possible."""
+        """`rope.by_row(x, positions)` from a table; None if the table does not serve this rope or x."""
 
 
 def exponential(x: mx.array) -> mx.array:
@@ -79,22 +79,22 @@ def silu(x: mx.array) -> mx.array:
 
 
 def constant_weight(weight: mx.array, num_cores: int | None = None) -> Weight:
-    """A matrix (O, K) that does not change, laid out for products with few rows.
+    """A matrix (O, K) that does not change, in the layout that is fastest for inputs of few rows.
 
     Args:
-        num_cores: 1 keeps the product on the caller's thread; None takes all.
+        num_cores: 1 multiplies on the caller's thread; None uses all cores.
     """
     return tiles.TiledWeight(weight, num_cores) if _on_cpu() else DenseWeight(weight)
 
 
 def optimize_layout(module: nn.Module, num_cores: int | None = None) -> None:
-    """Lay the linear layers of `module`, whose weights are final, out for products with few rows."""
+    """Optimize the layout of `module`'s linear layers, whose weights are final, for inputs of few rows."""
     if _on_cpu():
         tiles.tile_layers(module, num_cores)
 
 
 def optimize_target(model: nn.Module) -> None:
-    """Take the faster forms for `model`, a target of ours. No other model in the process is touched."""
+    """Use the faster implementations in `model`, a loaded target. No other model in the process changes."""
     if _on_cpu():
         from .cpu import attention  # here, because it imports mlx-lm
 
@@ -108,12 +108,12 @@ def shared_rotations() -> Rotations | None:
 
 
 def identity() -> list[object]:
-    """What else than the device decides how fast a CPU computes: BLAS, its threads, the switch."""
+    """The settings on which the speed of a CPU depends besides the device: the BLAS and its threads."""
     threads = sorted((key, value) for key, value in os.environ.items() if key.endswith("_NUM_THREADS"))
     return [blas.loaded() if _on_cpu() else None, threads]
 
 
 def keep_freed_memory() -> None:
-    """Have the process keep freed memory for the next arrays. For commands only: it changes malloc for all."""
+    """Let the process keep freed memory for the next arrays. For commands only: it changes malloc for the process."""
     if _on_cpu():
         blas.keep_freed_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -9,6 +10,9 @@ _SUMMED = (
     "generated_tokens", "decoded_tokens", "steps", "drafted_tokens", "accepted_tokens", "syncs",
     "prefill_seconds", "decode_seconds",
 )  # fmt: skip
+
+
+_NONE: Mapping[str, int] = {}
 
 
 @dataclass(slots=True)
@@ -28,6 +32,9 @@ class Stats:
     accepted_tokens: int = 0
     accepted_by_depth: list[int] = field(default_factory=list)
     """Entry d: steps in which at least d+1 draft tokens were accepted."""
+    drafted_by_source: dict[str, int] = field(default_factory=dict)
+    """Rows verified by what drafted them; what two have drafted is the lookup's."""
+    accepted_by_source: dict[str, int] = field(default_factory=dict)
     syncs: int = 0
     """Times the host waited for the device after the prefill."""
     prefill_seconds: float = 0.0
@@ -53,9 +60,22 @@ class Stats:
         """Speed of decoding alone; the first token belongs to the prefill."""
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
-    def observe(self, nodes: int, num_tokens: int) -> None:
-        """Count a step that verified `nodes` rows and brought `num_tokens` tokens, the next token included."""
+    def observe(
+        self, nodes: int, num_tokens: int, sources: Sequence[str] = (), rows: Mapping[str, int] = _NONE
+    ) -> None:
+        """Count a step.
+
+        Args:
+            nodes: rows verified, the root included.
+            num_tokens: tokens that it brought, the next token included.
+            sources: what drafted each accepted token.
+            rows: verified rows but the root by what drafted them.
+        """
         num_accepted = max(0, num_tokens - 1)
+        for source, count in rows.items():
+            self.drafted_by_source[source] = self.drafted_by_source.get(source, 0) + count
+        for source in sources[:num_accepted]:
+            self.accepted_by_source[source] = self.accepted_by_source.get(source, 0) + 1
         self.steps += 1
         self.decoded_tokens += num_tokens
         self.drafted_tokens += nodes - 1
@@ -70,6 +90,10 @@ class Stats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         both = zip_longest(self.accepted_by_depth, other.accepted_by_depth, fillvalue=0)
         self.accepted_by_depth = [mine + theirs for mine, theirs in both]
+        for name in ("drafted_by_source", "accepted_by_source"):
+            mine = getattr(self, name)
+            for source, count in getattr(other, name).items():
+                mine[source] = mine.get(source, 0) + count
         self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
 
     def to_dict(self) -> dict[str, object]:

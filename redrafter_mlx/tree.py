@@ -17,9 +17,12 @@ The 12 tokens of the beams are 8 nodes. Row i of the mask is True at node i and 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .device import fused
 
@@ -120,9 +123,44 @@ class Candidates:
     def num_candidates(self) -> int:
         return self.tokens.shape[0]
 
+    def best(self, nodes: int | None) -> np.ndarray:
+        """Indices of the `nodes` - 1 most probable candidates that are offered, best first; None: of all."""
+        logprobs = np.array(self.logprobs)
+        order = np.argsort(-_rank_key(logprobs), kind="stable")[: int((logprobs > NEVER / 2).sum())]
+        return order if nodes is None else order[: nodes - 1]
+
+    def num_matching(self, text: Sequence[int], nodes: int | None = None) -> int:
+        """How many tokens of `text` are found along a path among the `nodes` - 1 most probable candidates.
+
+        Reads the candidates, so it waits for them.
+        """
+        kept = np.sort(self.best(nodes))
+        rows = {int(index): row for row, index in enumerate(kept)}
+        parents = [rows.get(parent, -1) for parent in np.array(self.parents)[kept].tolist()]
+        return num_matching(np.array(self.tokens)[kept].tolist(), parents, text)
+
     def num_offered(self) -> mx.array:
         """() int32: candidates that are not `NEVER`."""
         return (self.logprobs > NEVER / 2).sum().astype(mx.int32)
+
+
+def num_matching(tokens: Sequence[int], parents: Sequence[int], text: Sequence[int]) -> int:
+    """How many tokens of `text` are found along a path from the root; of equal siblings the first counts."""
+    child: dict[tuple[int, int], int] = {}
+    for index, edge in enumerate(zip(parents, tokens, strict=True)):
+        child.setdefault(edge, index)
+    at = -1
+    for depth, token in enumerate(text):
+        found = child.get((at, token))
+        if found is None:
+            return depth
+        at = found
+    return len(text)
+
+
+def _rank_key(logprobs: Any) -> Any:
+    """What nodes are ordered by: a parent ranks strictly before its child even where the child's probability is 1."""
+    return logprobs - 1e-5 * (np if isinstance(logprobs, np.ndarray) else mx).arange(logprobs.shape[0])
 
 
 def chain(tokens: mx.array) -> TokenTree:
@@ -157,8 +195,9 @@ def build(candidates: Candidates, root: mx.array, nodes: int) -> TokenTree:
     if candidates.is_chain:
         return chain(mx.concatenate([root.reshape(1), candidates.tokens[: nodes - 1]]))
     picks = mx.arange(nodes - 1, dtype=mx.int32)
-    arrays = _pack(candidates.tokens, candidates.parents, candidates.logprobs, root, picks, candidates.height)
-    return TokenTree(*arrays, candidates.height)
+    height = min(candidates.height, nodes - 1)
+    arrays = _pack(candidates.tokens, candidates.parents, candidates.logprobs, root, picks, height)
+    return TokenTree(*arrays, height)
 
 
 @fused
@@ -172,9 +211,7 @@ def _pack(  # noqa: PLR0913  (arrays, not a dataclass, so that it can be compile
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     size, num_picks = tokens.shape[0], picks.shape[0]
     zero = mx.zeros((1,), dtype=mx.int32)
-    # A parent ranks strictly before its child even where the child's probability is 1.
-    rank_key = logprobs - 1e-5 * mx.arange(size, dtype=mx.float32)
-    chosen = mx.argsort(-rank_key)[:num_picks].astype(mx.int32)
+    chosen = mx.argsort(-_rank_key(logprobs))[:num_picks].astype(mx.int32)
     node_of = mx.zeros((size + 1,), dtype=mx.int32)  # entry 0: the root
     node_of[chosen + 1] = picks + 1
     by_rank = mx.concatenate([zero, node_of[parents[chosen] + 1]])  # (N,) parents
@@ -205,17 +242,18 @@ def merge(*offers: Candidates) -> Candidates:
         mx.where(each.parents < 0, -1, each.parents + begin)
         for each, begin in zip(offers, begins, strict=True)
     ]
-    height = max(each.height for each in offers)
-    arrays = _merge(tokens, mx.concatenate(shifted), logprobs, height)
+    # Within one offer no path comes twice, so paths can be equal only as deep as the second highest offer goes.
+    *_, shared, height = sorted([0, *(each.height for each in offers)])
+    arrays = _merge(tokens, mx.concatenate(shifted), logprobs, max(1, shared))
     return Candidates(*arrays, height)
 
 
 @fused
 def _merge(
-    tokens: mx.array, parents: mx.array, logprobs: mx.array, height: int
+    tokens: mx.array, parents: mx.array, logprobs: mx.array, depth: int
 ) -> tuple[mx.array, mx.array, mx.array]:
     order = mx.arange(tokens.shape[0], dtype=mx.int32)
-    for _ in range(height):  # one level more is right after every pass
+    for _ in range(depth):  # one level more is right after every pass
         equal = (tokens[:, None] == tokens) & (parents[:, None] == parents) & (logprobs > NEVER / 2)
         first = mx.argmax(equal | (order[:, None] == order), axis=1).astype(mx.int32)
         parents = mx.where(parents < 0, -1, first[parents])

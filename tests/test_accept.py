@@ -47,6 +47,8 @@ def test_walk(choice: list[int], path: list[int], tokens: list[int]) -> None:
     assert found.read() == (path, tokens)
     assert found.num_accepted.item() == len(path) - 1
     assert found.last.item() == path[-1] and found.next_token.item() == tokens[-1]
+    walked = np.array(found.path).tolist()
+    assert walked[: len(path)] == path and len(walked) == TREE.height + 1 and max(walked) < TREE.num_nodes
 
 
 def test_worked_example() -> None:

@@ -13,9 +13,11 @@ from tests.speculators import make_speculator
 from tests.toy import save_folder
 
 # isort: split
-from apps import tune
+import redrafter_mlx
+from apps import bench, tune
 from redrafter_mlx.auto import timing
 from redrafter_mlx.drafters.kinds import save_drafter
+from redrafter_mlx.measure import compare
 
 FIELDS = {
     "device", "chip", "os", "versions", "commit", "model", "dtype", "drafter", "draft", "prompts", "tokens",
@@ -59,8 +61,33 @@ def test_bench_ends_with_every_figure(folder: Path, capsys: pytest.CaptureFixtur
     assert report["mlx_lm_speculative_tokens_per_second"] and set(report["categories"]) == {"all", "colors"}
     assert set(report["profile_ms"]) == {"draft", "verify", "accept", "keep", "host"}
     assert json.loads(out.read_text()) == report
+    assert report["divergences"] == []
 
 
+def test_bench_says_where_texts_part(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = redrafter_mlx.generate
+
+    def wrong(model: Any, prompt: list[int], **options: Any) -> Any:
+        text, stats = original(model, prompt, **options)
+        if options["draft"] != "off" and len(prompt) > 12:  # the second one
+            stats.token_ids[3] += 1
+        return text, stats
+
+    monkeypatch.setattr(compare, "generate", wrong)
+    prompts = folder.parent / "prompts.jsonl"
+    given = ["--model", str(folder), "--draft", "2x3", "--prompts", str(prompts), "--max-tokens", "6"]
+    assert main(["bench", *given, "--no-mlx-lm"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out.splitlines()[-1])
+    (found,) = report["divergences"]
+    assert not report["identical"] and not found["is_float32_tie"]
+    assert (found["prompt"], found["index"]) == (1, 3) and found["best"][0] == found["tokens"][0]
+    assert "identical: no (1 differ, 0 by a tie)" in captured.err
+
+
+@pytest.mark.slow
 def test_tune_measures_every_shape_and_draws_it(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,3 +146,77 @@ def test_bench_without_a_drafter_may_compare_plain_decoding(
 def test_tune_without_a_drafter_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--model", str(folder), "--drafter", "none"]) == 2
     assert "tune needs a drafter" in capsys.readouterr().err
+
+
+def refused_early(folder: Path, option: str, value: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code of bench or tune where loading a model would be noticed."""
+    command = "bench" if option == "--out" else "tune"
+
+    def loaded(*_: object) -> None:
+        raise AssertionError("the model is loaded before the option is checked")
+
+    monkeypatch.setattr(f"apps.{command}.load_model", loaded)
+    return main([command, "--model", str(folder), option, value])
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+@pytest.mark.parametrize(("name", "rule"), [("model", "is a folder"), ("prompts.jsonl/x", "Not a directory")])
+def test_a_result_that_cannot_be_written_is_refused_before_measuring(
+    folder: Path,
+    option: str,
+    name: str,
+    rule: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert refused_early(folder, option, str(folder.parent / name), monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and option in err and rule in err and name in err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_measuring(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert refused_early(folder, "--plot", str(folder.parent / "x.png"), monkeypatch) == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+def test_bench_prints_its_result_though_the_file_cannot_be_written_after_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder.parent / "results" / "out.json"
+    run = bench._run
+
+    def full(settings: bench.Settings) -> dict[str, Any]:
+        (folder.parent / "results").write_text("a file took its place meanwhile")
+        return run(settings)
+
+    monkeypatch.setattr(bench, "_run", full)
+    given = ["bench", "--model", str(folder), "--draft", "2x3", "--max-tokens", "4", "--no-mlx-lm"]
+    prompts = str(folder.parent / "prompts.jsonl")
+    assert main([*given, "--prompts", prompts, "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["prompts"] == 2 and "error: " in captured.err
+
+
+def test_bench_runs_each_source_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = folder.parent / "prompts.jsonl"
+    given = [
+        "bench",
+        "--model",
+        str(folder),
+        "--draft",
+        "2x3@4",
+        "--prompts",
+        str(prompts),
+        "--max-tokens",
+        "8",
+    ]
+    assert main([*given, "--each", "--no-mlx-lm"]) == 0
+    report = last_line(capsys)
+    for name, source in (("drafter alone", "recurrent"), ("lookup alone", "lookup")):
+        assert report[name]["identical"] is True and report[name]["rows_per_step"] >= 1, source
+    assert set(report["accepted_by_source"]) <= {"recurrent", "lookup"}
+    assert main([*given, "--each", "--no-lookup"]) == 2
+    assert "--each needs" in capsys.readouterr().err

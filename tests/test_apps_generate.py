@@ -12,6 +12,7 @@ import pytest
 
 import redrafter_mlx
 from apps.cli import main
+from apps.demo import PROMPTS
 from redrafter_mlx.auto import CostTable
 from tests import toy
 
@@ -131,7 +132,32 @@ def test_that_drafting_does_not_pay_is_said_once(
     assert "does not pay" not in capsys.readouterr().err
     assert main(given) == 0
     out, err = capsys.readouterr()
-    assert err.count("drafting does not pay") == 1 and "does not pay" not in out
+    assert err.count("drafter does not pay") == 1 and "does not pay" not in out
+
+
+def test_the_first_use_says_that_it_measures_before_the_answer_and_nothing_within_it(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the level of the log that a user has without --verbose."""
+    table = CostTable({1: 1.0, 2: 1.01, 64: 1.5}, {1: 0.01}, {1: 0.01})
+    before: list[tuple[list[str], str]] = []
+
+    def measure(*_: Any) -> CostTable:
+        before.append((caplog.messages[:], capsys.readouterr().out))
+        return table
+
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr("redrafter_mlx.auto.timing.measure", measure)
+    given = ["generate", "--model", str(folder), "hello", "--max-tokens", "24", "--draft", "auto"]
+    assert main(given) == 0
+    said = ["measuring what drafting costs on this machine, once (some seconds)"]
+    assert before == [(said, "")] and caplog.messages == said
+    assert main(given) == 0
+    assert len(before) == 1 and caplog.messages == said, "the table was kept"
 
 
 def test_freed_memory_is_kept_from_before_the_model_is_loaded(
@@ -140,7 +166,9 @@ def test_freed_memory_is_kept_from_before_the_model_is_loaded(
     events: list[str] = []
     load = redrafter_mlx.load
     monkeypatch.setattr("redrafter_mlx.kernels.keep_freed_memory", lambda: events.append("keep"))
-    monkeypatch.setattr(redrafter_mlx, "load", lambda *given: (events.append("load"), load(*given))[1])
+    monkeypatch.setattr(
+        redrafter_mlx, "load", lambda *given, **named: (events.append("load"), load(*given, **named))[1]
+    )
     assert main(["generate", "--model", str(folder), "abc", "--max-tokens", "2", "--draft", "off"]) == 0
     assert events == ["keep", "load"]
 
@@ -164,7 +192,39 @@ def test_demo_fails_when_the_texts_differ(
 
     monkeypatch.setattr(redrafter_mlx, "generate", wrong)
     assert main(["demo", "--model", str(folder), "--draft", "2x3", "--max-tokens", "6"]) == 1
-    assert "identical: no" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "identical: no" in captured.out and "prompt 1, 2x3: token 5 is" in captured.out
+    assert "(no tie in float32)" in captured.out and captured.err.startswith("error: ")
+
+
+def test_demo_says_that_a_difference_is_a_tie(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token 100 of the target has the logit of another one, which plain decoding takes; the drafted text has it."""
+    original, load = redrafter_mlx.generate, redrafter_mlx.load
+    first: list[int] = []
+
+    def load_with_twin(*given: Any, **named: Any) -> Any:
+        model = load(*given, **named)
+        _, stats = original(model, PROMPTS[0], max_tokens=1, draft="off")
+        first.append(stats.token_ids[0])
+        head = model.target.model.lm_head
+        head.weight[100] = head.weight[first[0]]
+        return model
+
+    def other_twin(model: Any, prompt: Any, **options: Any) -> Any:
+        text, stats = original(model, prompt, **options)
+        if options["draft"] != "off" and prompt == PROMPTS[0]:
+            stats.token_ids[0] = ({100, first[0]} - {stats.token_ids[0]}).pop()
+        return text, stats
+
+    monkeypatch.setattr(redrafter_mlx, "load", load_with_twin)
+    monkeypatch.setattr(redrafter_mlx, "generate", other_twin)
+    assert main(["demo", "--model", str(folder), "--draft", "2x3", "--max-tokens", "6"]) == 0
+    captured = capsys.readouterr()
+    assert "identical: no" in captured.out and "(a tie in float32)" in captured.out
+    assert f"{first[0]} with " in captured.out and "100 with " in captured.out
+    assert not captured.err
 
 
 def test_marks_stand_around_runs_of_drafted_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,9 +232,16 @@ def test_marks_stand_around_runs_of_drafted_text(capsys: pytest.CaptureFixture[s
     from redrafter_mlx.generation import Chunk
     from redrafter_mlx.stats import Stats
 
-    pieces = [("I", False), (" am", True), ("", False), (" here", True), (" now", False)]
-    chunks = [Chunk(text, 0, drafted, None, Stats()) for text, drafted in pieces]
+    pieces = [
+        ("I", None),
+        (" am", "recurrent"),
+        ("", None),
+        (" here", "recurrent"),
+        (" now", None),
+        ("!", "lookup"),
+    ]
+    chunks = [Chunk(text, 0, source, None, Stats()) for text, source in pieces]
     mark_drafted(iter(chunks), color=False)
-    assert capsys.readouterr().out == "I[ am here] now\n\n"
+    assert capsys.readouterr().out == "I[ am here] now{!}\n\n"
     mark_drafted(iter(chunks), color=True)
-    assert capsys.readouterr().out == "I\x1b[32m am here\x1b[0m now\n\n"
+    assert capsys.readouterr().out == "I\x1b[32m am here\x1b[0m now\x1b[36m!\x1b[0m\n\n"

@@ -209,3 +209,64 @@ def test_text_is_plain_decodings(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.abs(np.diff(np.array(drafts, dtype=int))).sum() >= 10
         assert stats.token_ids == plain.token_ids
         assert 0 < stats.drafted_tokens < 3 * stats.steps
+
+
+def with_lookup(seconds: float = 0.0) -> CostTable:
+    rows = {n: 1 + 0.05 * (n - 1) for n in (1, 2, 4, 8, 16, 32)}
+    return CostTable(rows, {}, {}, waiting=seconds)
+
+
+def test_without_a_drafter_a_step_waits_only_where_a_lookup_pays() -> None:
+    policy = Auto(Learned(with_lookup(0.1)), True, None)
+    assert policy.shape() is None and policy.lookup_shape == policy.settings.lookup
+    assert not policy.awaits([]) and not policy.awaits([0.1, 0.05])
+    assert policy.awaits([0.9, 0.8, 0.7])
+    assert not Auto(Learned(with_lookup(9.0)), True, None).awaits([0.9, 0.8, 0.7]), "waiting costs too much"
+
+
+def test_rows_grow_with_what_was_looked_up() -> None:
+    policy = Auto(Learned(with_lookup()), True, None)
+    assert policy.rows(None, [0.01]) is None
+    assert policy.rows(None, [0.9, 0.01]) == 2
+    assert policy.rows(None, [0.99**n for n in range(1, 17)]) == 16, "as many as the settings allow of 17"
+
+
+def test_rows_never_fall_short_of_the_draft() -> None:
+    learned = Learned(costs(0.05))
+    drive(policy_of(learned), 60, 0.8, True)
+    policy = policy_of(learned)
+    beam = policy.shape()
+    assert beam is not None and beam.nodes is not None
+    assert policy.rows(beam, [0.001]) is None, "every verified candidate of the draft is likelier"
+    few, many = policy.rows(beam, [0.9]), policy.rows(beam, [0.9**n for n in range(1, 9)])
+    assert few is not None and many is not None and many > few >= beam.nodes
+
+
+def test_a_drafter_has_to_pay_beside_the_lookup() -> None:
+    """A drafter that is worth its time alone is turned off where the text repeats itself, and nothing else is."""
+    alone, beside = Learned(costs(0.05, draft=0.2)), Learned(costs(0.05, draft=0.2))
+    drive(policy_of(alone), 60, 0.6, True)
+    assert not alone.gave_up
+    policy = policy_of(beside)
+    for _ in range(60):
+        beam = policy.shape()
+        text = [0.99**n for n in range(1, 17)]
+        if beam is None:
+            policy.observe(Outcome(None, None, 0, 1.0, 16, 17, text))
+            continue
+        ranks = np.arange(beam.width)
+        logprobs = np.log(0.6) * np.arange(1, beam.length)[:, None] - 3.0 * (ranks > 0)
+        policy.observe(Outcome(beam, found(logprobs), 2, 1.5, 16, 17, text))
+    assert beside.gave_up
+    assert policy.shape() is None and policy.awaits([0.99**n for n in range(1, 17)])
+
+
+def test_a_table_that_steps_contradict_is_stale() -> None:
+    learned = Learned(costs(0.05))
+    for _ in range(40):
+        learned.note_step(1, 3.0, 0.0)
+        learned.note_step(4, 3 * 1.15, 0.0)
+    assert not learned.is_stale, "a slower machine is slower for all"
+    for _ in range(40):
+        learned.note_step(4, 3 * 1.15 * 1.4, 0.0)
+    assert learned.is_stale

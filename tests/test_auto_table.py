@@ -96,6 +96,8 @@ def changed(**changes: object) -> str:
         changed(rows={"1": 1.0, "0": 1.0}),
         changed(rows={"1": 1.0, str(10**30): 1.0}),
         changed(first_level={}, per_level={}),
+        changed(waiting="long"),
+        changed(unrest=float("nan")),
         changed(first_level={"1": 0.1}),
         changed(per_level={"1": float("nan"), "8": 0.9}),
         changed(first_level={"-1": 0.1}, per_level={"-1": 0.1}),
@@ -140,3 +142,22 @@ def test_interpolation() -> None:
     assert CostTable({1: 1.0}, {1: -0.5}, {1: 0.2}).draft_seconds(1, 2) == 0, (
         "no draft takes less than no time"
     )
+
+
+def test_a_table_of_a_busy_minute_is_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In later processes, the quietest of all counting; and not for ever."""
+    model, unrests = make(), [1.9, 1.6, 1.7, 1.0]
+    made: list[CostTable] = []
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path))
+
+    def measure(target: Any, drafter: Any) -> CostTable:
+        made.append(CostTable({1: 1.0 + len(made), 2: 9.0}, {1: 0.1}, {1: 0.1}, unrest=unrests[len(made)]))
+        return made[-1]
+
+    monkeypatch.setattr(timing, "measure", measure)
+    assert cost_table(model.target, model.drafter).rows[1] == 1.0
+    second = cost_table(model.target, model.drafter)
+    assert (second.rows[1], second.attempts) == (2.0, 2)
+    third = cost_table(model.target, model.drafter)
+    assert (third.rows[1], third.attempts) == (2.0, 3), "the third was louder than the second"
+    assert cost_table(model.target, model.drafter) == third and len(made) == timing.MOST_ATTEMPTS

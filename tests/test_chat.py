@@ -202,7 +202,7 @@ def test_that_drafting_does_not_pay_is_said_once(
     assert main(["chat", "--model", str(folder), "--max-tokens", "4", "--seed", "1"]) == 0
     out, err = capsys.readouterr()
     assert err.count("tokens per step") == 3
-    assert err.count("drafting does not pay") == 1 and "does not pay" not in out
+    assert err.count("drafter does not pay") == 1 and "does not pay" not in out
 
 
 @pytest.mark.parametrize(("options", "notes"), [([], 1), (["--draft", "off"], 0), (["--drafter", "none"], 0)])

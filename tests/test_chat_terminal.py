@@ -150,7 +150,7 @@ def test_three_turns_saved_and_picked_up(
     chat = terminals("-m", model)
     words = chat.wait(_asks).split()
     chat.wait(lambda screen: "draft auto, temperature 0" in screen.splitlines()[-1])  # the toolbar
-    assert {"decodes", "plainly:", "answer,", "leaves"} <= set(words), "notes break between words"
+    assert {"/help", "answer,", "Ctrl-D", "leaves"} <= set(words), "notes break between words"
     chat.say("hello", "abc.")
     chat.say("more", "reused")
     chat.say("\x1b[200~two\rpasted lines\x1b[201~", "reused")

@@ -15,10 +15,12 @@ import mlx.core as mx
 import numpy as np
 
 from convert.__main__ import main
+from convert.names import translate
 from redrafter_mlx.drafters.kinds import load_recurrent, save_drafter
 from redrafter_mlx.drafters.recurrent import DrafterConfig, RecurrentDrafter, changed, quantize
 from redrafter_mlx.files import named_weights
 from redrafter_mlx.loading.load import load
+from tests.test_convert_torch_file import write_torch
 
 GOLDENS = Path(__file__).parent / "goldens"
 DIALECTS = GOLDENS / "dialects"
@@ -112,6 +114,64 @@ def test_tensorrt_llm_ranks_and_padding(tmp_path: Path) -> None:
         mx.save_safetensors(str(source / f"rank{rank}.safetensors"), half)
     io = dict(np.load(APPLE / "io.npz"))
     check(convert(source, tmp_path / "out"), io, io, "nowarp_")
+
+
+def test_rows_that_are_no_padding_are_not_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(DIALECTS / "trtllm_converted", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] - 1}))
+    found = fails(source, tmp_path, capsys)
+    assert "config.json says vocab_size 63, and lm_head.2.weight has 64 rows" in found
+
+
+@pytest.mark.parametrize(
+    ("value", "options"),
+    [
+        (float("nan"), []),
+        (float("inf"), []),
+        (7e4, ["--dtype", "float16"]),
+        (3.4e38, ["--dtype", "bfloat16"]),
+    ],
+)
+def test_weights_that_are_no_numbers(
+    value: float, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the source, or once they are cast to a dtype that cannot hold them."""
+    tensors = apple_tensors()
+    tensors["rnn_w.weight"][3, 5] = value
+    source = apple_folder(tmp_path / "in", tensors)
+    found = fails(source, tmp_path, capsys, *options)
+    assert "rnn_w.weight holds values that are not finite" in found and str(source) in found
+
+
+def test_a_float64_that_float32_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = {name: np.array(array).astype(np.float64) for name, array in apple_tensors().items()}
+    source = tmp_path / "in"
+    source.mkdir()
+    shutil.copy(APPLE / "config.json", source)
+    write_torch(source / "model.pt", arrays)
+    io = dict(np.load(APPLE / "io.npz"))
+    check(convert(source, tmp_path / "ours"), io, io, "nowarp_")
+    capsys.readouterr()
+    arrays["lm_head.2.weight"][0, 0] = 1e300
+    write_torch(source / "model.pt", arrays)
+    assert "lm_head.2.weight holds values that are not finite" in fails(source, tmp_path, capsys)
+
+
+def test_a_name_cannot_ask_for_a_million_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = apple_tensors()
+    tensors["lm_head.1000000.weight"] = tensors.pop("lm_head.2.weight")
+    found = fails(apple_folder(tmp_path / "in", tensors), tmp_path, capsys)
+    assert "number 1000000 blocks" in found
+
+
+def test_names_of_a_large_model_are_sorted_out_in_one_pass() -> None:
+    """40,000 names beside a drafter: minutes where each of them is compared with all others."""
+    names = [f"model.layers.{i}.x.weight" for i in range(40_000)]
+    mine = ["drafter.lm_head.0.weight", "drafter.rnn_w.weight"]
+    assert translate(names + mine).beside == tuple(names)
+    assert len(translate(names).unknown) == 40_000
 
 
 @pytest.mark.parametrize("prefix", ["module.", "module.drafter.", "_orig_mod."])
@@ -337,4 +397,5 @@ def test_export_refuses_what_apples_format_cannot_say(
     assert "--target is needed" in error_of(capsys, "export", str(tmp_path / "factored"), *out)
     found = error_of(capsys, "export", str(tmp_path / "layers"), *out)
     assert "reads the target's layers [0, 1]" in found
+    assert "is trained with `redrafter train --context-layers none`" in found
     assert not (tmp_path / "out").exists()

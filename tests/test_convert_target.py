@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,8 +328,10 @@ class FakeHub:
         self.folder = folder
         self.asked: list[str] = []
 
-    def list_repo_files(self, _: str, revision: str | None) -> list[str]:
-        return [file.name for file in self.folder.iterdir()]
+    def model_info(self, _: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            siblings=[SimpleNamespace(rfilename=file.name) for file in self.folder.iterdir()]
+        )
 
     def snapshot_download(self, _: str, revision: str | None, allow_patterns: list[str]) -> str:
         self.asked = allow_patterns
@@ -351,4 +354,199 @@ def test_hugging_face_unreachable(
 
     monkeypatch.setattr("huggingface_hub.HfApi", refuse)
     found = error_of(capsys, "target", "owner/model", "--out", str(tmp_path / "out"))
-    assert "no target 'owner/model' here, and none from Hugging Face: no route" in found
+    assert "no target 'owner/model' here, and none from Hugging Face: " in found
+    assert "cannot be reached (no route)" in found
+
+
+def copy_of(target: Path, to: Path, **changes: Any) -> Path:
+    """A target's folder with changes to its config; None takes a key away."""
+    shutil.copytree(target, to)
+    config = {**json.loads((to / "config.json").read_text()), **changes}
+    (to / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return to
+
+
+def spoil(folder: Path, name: str, value: float) -> Path:
+    """Set one weight."""
+    arrays = arrays_of(folder)
+    arrays[name].flat[7] = value
+    mx.save_safetensors(str(folder / "model.safetensors"), {k: mx.array(a) for k, a in arrays.items()})
+    return folder
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("value", "options"),
+    [
+        (float("nan"), []),
+        (float("inf"), []),
+        (-float("inf"), ["--quantize"]),
+        (1e5, ["--dtype", "float16"]),
+        (3.4e38, ["--dtype", "bfloat16"]),
+    ],
+)
+def test_weights_that_are_no_numbers(
+    value: float, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the source, or once they are cast to a dtype that cannot hold them."""
+    source = spoil(copy_of(E00 / "target", tmp_path / "hf"), UP, value)
+    found = error_of(capsys, "target", str(source), "--out", str(tmp_path / "out"), *options)
+    assert f"{UP} holds values that are not finite" in found and str(source) in found
+    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_float64_that_float32_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copy_of(E00 / "target", tmp_path / "hf")
+    (source / "model.safetensors").unlink()
+    arrays = {name: array.astype(np.float64) for name, array in arrays_of(E00 / "target").items()}
+    write_torch(source / "pytorch_model.bin", arrays)
+    same_tokens(convert(source, tmp_path / "out"))
+    capsys.readouterr()
+    arrays[UP].flat[7] = 1e300
+    write_torch(source / "pytorch_model.bin", arrays)
+    found = error_of(capsys, "target", str(source), "--out", str(tmp_path / "other"))
+    assert f"pytorch_model.bin: {UP} holds values that are not finite" in found
+
+
+def test_rope_settings_as_transformers_5_writes_them(tmp_path: Path) -> None:
+    """mlx-lm reads `rope_theta` at the top, and would take another base without a word."""
+    old = copy_of(E00 / "target", tmp_path / "old", rope_theta=500.0)
+    rope = {"rope_theta": 500.0, "rope_type": "default"}
+    new = copy_of(E00 / "target", tmp_path / "new", rope_theta=None, rope_parameters=rope)
+    out = convert(new, tmp_path / "out")
+    tokens = mx.array([[5, 9, 40, 7]])
+    want = load_model(old)[0](tokens)
+    assert mx.array_equal(load_model(out)[0](tokens), want).item()
+    assert not mx.allclose(load_model(new)[0](tokens), want, atol=1e-3).item()  # else this shows nothing
+
+
+def test_brackets_in_names(tmp_path: Path) -> None:
+    """mlx-lm takes a folder's name for a pattern of names."""
+    source = copy_of(E00 / "target", tmp_path / "models [old]" / "mine [a-z]")
+    same_tokens(convert(source, tmp_path / "out [new]"))
+
+
+def test_python_of_a_folder_is_neither_run_nor_copied(
+    with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "executed"
+    (with_tokenizer / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    settings = with_tokenizer / "tokenizer_config.json"
+    values = {**json.loads(settings.read_text()), "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    settings.write_text(json.dumps(values))
+    out = convert(with_tokenizer, tmp_path / "out")
+    assert not (out / "own.py").exists() and not marker.exists()
+    capsys.readouterr()
+    config = with_tokenizer / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_file": "own.py"}))
+    found = error_of(capsys, "target", str(with_tokenizer), "--out", str(tmp_path / "other"))
+    assert "own.py" in found and not marker.exists()
+
+
+def test_what_is_converted_loads(
+    with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged tokenizer is found here, and not by those who are given the folder."""
+    for name, text, message in (
+        ("tokenizer.json", "{}", "the tokenizer in"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("tokenizer_config.json", "[1]", "must hold a JSON object"),
+        ("generation_config.json", "{", "is not JSON"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be a token's id"),
+        ("config.json", "version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    ):
+        source = tmp_path / "damaged"
+        shutil.copytree(with_tokenizer, source)
+        (source / name).write_text(text)
+        found = error_of(capsys, "target", str(source), "--out", str(tmp_path / "out"))
+        assert message in found and str(source) in found and "/out" not in found
+        shutil.rmtree(source)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["hf"]
+
+
+def test_an_index_that_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copy_of(E00 / "target", tmp_path / "hf")
+    index = source / "model.safetensors.index.json"
+    run = ["target", str(source), "--out", str(tmp_path / "out")]
+    for where, message in (
+        ({"x.weight": "model.safetensors"}, "names tensors that its shards lack: x.weight"),
+        ({"x.weight": "model-00002-of-00002.safetensors"}, "shards that are missing: model-00002"),
+        ({"x.weight": "../secret.safetensors"}, "points outside its folder"),
+        ({"x.weight": str(tmp_path / "secret.safetensors")}, "points outside its folder"),
+        ({"x.weight": ".."}, "shards that are missing"),
+        ({"x.weight": ""}, "shards that are missing"),
+        ({"x.weight": 5}, "shards that are missing"),
+        ({}, "has no weight_map"),
+        ([], "has no weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": where}))
+        assert message in error_of(capsys, *run)
+    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
+
+
+def test_links_in_a_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copy_of(E00 / "target", tmp_path / "hf")
+    out = tmp_path / "out"
+    for name in ("config.json", "model.safetensors"):
+        kept = (source / name).rename(tmp_path / name)
+        (source / name).symlink_to(source / name)
+        assert "error: no " in error_of(capsys, "target", str(source), "--out", str(out))
+        (source / name).unlink()
+        kept.rename(source / name)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    circle = str(tmp_path / "circle")
+    assert "no target at" in error_of(capsys, "target", circle, "--out", str(out))
+    assert f"--out {circle}" in error_of(capsys, "target", str(source), "--out", circle)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["circle", "hf"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_bare_sentencepiece_tokenizer(kind: str, tmp_path: Path) -> None:
+    """A folder as the first Llama came: PyTorch weights and `tokenizer.model`, with no `tokenizer.json`."""
+    import sentencepiece
+
+    source = copy_of(E00 / "target", tmp_path / "hf", vocab_size=320, bos_token_id=1, eos_token_id=2)
+    arrays = arrays_of(source)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        arrays[name] = np.pad(arrays[name], ((0, 320 - len(arrays[name])), (0, 0)))
+    (source / "model.safetensors").unlink()
+    write_torch(source / "pytorch_model.bin", arrays)
+    (tmp_path / "text").write_text(
+        "the old mill by the river turns and turns\n" * 20 + "a café, 12 + 30 = 42\n"
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(source / "tokenizer"), model_type=kind, vocab_size=320,
+        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    out = convert(source, tmp_path / "out")
+    assert (out / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    tokenizer = load(out, "none").tokenizer
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    assert tokenizer is not None and tokenizer.eos_token_ids == {theirs.eos_id()}
+    for text in ("the river turns", "two  spaces", "日本 🎉", "42\n\nmill"):
+        ids = theirs.encode(text)
+        assert tokenizer.encode(text, add_special_tokens=False) == ids
+        assert tokenizer.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gpt-oss", "MXFP4"), ("qwen3moe", "Q8_0"), ("gemma3", "Q5_0"), ("phi3-long", "F32"), ("qwen2-yarn", "BF16"),
+     ("smollm3", "Q4_1"), ("mixtral", "Q5_1")],
+)  # fmt: skip
+def test_every_kind_of_gguf_keeps_its_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    """Packed experts, MXFP4, layers of different bits, and RoPE scalings that a config can express."""
+    from mlx_lm.utils import load_model
+
+    from tests import ggufs
+
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "cache"))
+    ggufs.write(tmp_path / "m.gguf", name, kind=kind)
+    tokens = mx.array([[5, 9, 40, 7, 8, 3, 100, 260, 17, 17, 30, 4]])
+    want = load_gguf(tmp_path / "m.gguf")[0](tokens)
+    got = load_model(convert(str(tmp_path / "m.gguf"), tmp_path / "out"))[0](tokens)
+    assert mx.array_equal(got, want)

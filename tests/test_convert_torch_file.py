@@ -16,10 +16,17 @@ import redrafter_mlx  # noqa: F401
 import mlx.core as mx
 import numpy as np
 
-from convert.torch_file import UnsafeFile, read_torch
+from convert.torch_file import read_torch
+from convert.torch_pickle import UnsafeFile
+from convert.torch_tensor import TorchTensor
 
 GOLDENS = Path(__file__).parent / "goldens" / "torch_files"
-KINDS = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage"}
+KINDS = {
+    "float32": "FloatStorage",
+    "float64": "DoubleStorage",
+    "float16": "HalfStorage",
+    "int64": "LongStorage",
+}
 
 
 def text(value: str) -> bytes:
@@ -149,16 +156,82 @@ def test_a_tensor_must_lie_in_its_storage(tmp_path: Path) -> None:
         (tensor("0", 6, (3, 3)), "cannot lie in 6 values"),
         (tensor("0", 9, (3, 3)), "storage 0 is missing or has another size"),
         (tensor("1", 6, (2, 3)), "storage 1 is missing"),
-        (tensor("0", 6, (2, -3)), "non-negative"),
+        (tensor("0", 6, (2, -3)), "integers from 0"),
+        (tensor("0", 6, (2, 3), offset=1), "cannot lie in 6 values"),
+        (tensor("0", 6, (1,) * 40), "at most 32 integers"),
+        (
+            tensor("0", 6, (0, 2**31 - 1)).replace(b"J\xff\xff\xff\x7f", b"\x8a\x05\0\0\0\0\1"),
+            "integers from 0",
+        ),
         (tensor("0", 6, (2, 3), kind="ComplexFloatStorage"), "asks for torch.ComplexFloatStorage"),
     ):
         body = b"}" + text("w") + item + b"s"
         with pytest.raises(ValueError, match=message):
             read_torch(write_zip(tmp_path / "x.pt", body, data))
-    shifted = b"}" + text("w") + tensor("0", 6, (2, 3), offset=1) + b"s"
-    found = read_torch(write_zip(tmp_path / "x.pt", shifted, data))
-    with pytest.raises(ValueError, match="reaches past its storage"):
-        found["w"].array()
+    empty = b"}" + text("w") + tensor("0", 6, (0, 7)) + b"s"
+    assert read_torch(write_zip(tmp_path / "x.pt", empty, data))["w"].array().shape == (0, 7)
+
+
+_SIZE = b"ctorch\nSize\nq\1"
+_DEEP = b")q\0" + b"h\0h\0\x86q\0" * 60  # a tuple of twice a tuple, 60 deep: hashing it takes 2**60 steps
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (_DEEP + b"}h\0K\1s", "keys must be text or numbers"),
+        (_DEEP + b"ccollections\nOrderedDict\n(](h\0K\1\x86etR", "keys must be text or numbers"),
+        (b"}\x8a\x10" + bytes(15) + b"\x01K\1s", "keys must be text or numbers"),
+        (b"}M\1\0" + b"\x8b\x40\0\0\0" + b"\1" * 64 + b"s", "an integer has 505 bits, more than 128"),
+        (
+            b"](" + b"N" * 10_000 + b"eq\0" + _SIZE + b"(" + b"h\1h\0\x85R" * 10_000 + b"t",
+            "copies more values",
+        ),
+        (
+            b"](" + b"N" * 10_000 + b"eq\0ccollections\nOrderedDict\nq\1(" + b"h\1h\0\x85R" * 10_000 + b"t",
+            "copies more|pairs|unpack",
+        ),
+        (
+            b"("
+            + b"N" * 10_000
+            + b"tq\0ctorch._utils\n_rebuild_parameter\nq\1("
+            + b"h\1h\0R" * 10_000
+            + b"t",
+            "copies more values",
+        ),
+        (b"(" + b"N" * 10_000 + b"tq\0(" + b"h\0Q" * 10_000 + b"t", "described in an unknown way"),
+    ],
+)
+def test_a_small_file_cannot_keep_the_reader_busy(tmp_path: Path, body: bytes, message: str) -> None:
+    """Each would take minutes, gigabytes or for ever if it were carried out as written."""
+    with pytest.raises(ValueError, match=message):
+        read_torch(write_zip(tmp_path / "x.pt", body, {}))
+
+
+def test_one_dictionary_under_many_names_is_looked_at_once(tmp_path: Path) -> None:
+    inner = b"}(" + b"".join(text(f"{i}") + b"N" for i in range(5000)) + b"uq\0"
+    outer = inner + b"}(" + b"".join(text(f"{i}") + b"h\0" for i in range(5000)) + b"u"
+    with pytest.raises(ValueError, match="holds 0 dictionaries of tensors"):
+        read_torch(write_zip(tmp_path / "x.pt", outer, {}))
+
+
+def test_tied_tensors_share_their_bytes_and_no_file_grows_without_bound(tmp_path: Path) -> None:
+    def shared(times: int) -> dict[str, TorchTensor]:
+        one = tensor("0", 10_000, (10_000,)) + b"q\0"
+        names = b"".join(text(f"w{i}") + b"h\0" for i in range(times))
+        return read_torch(write_zip(tmp_path / "x.pt", one + b"}(" + names + b"u", data))
+
+    data = {"0": np.ones(10_000, np.float32).tobytes()}
+    found = shared(2)
+    assert found["w0"].array().sum().item() == found["w1"].array().sum().item() == 10_000
+    with pytest.raises(ValueError, match="share their bytes more than 16 times"):
+        shared(40)
+
+
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ValueError, match="Git LFS pointer"):
+        read_torch(tmp_path / "x.pt")
 
 
 def test_no_dictionary_of_tensors(tmp_path: Path) -> None:
@@ -176,7 +249,6 @@ def test_not_a_torch_file(tmp_path: Path) -> None:
         b"",
         b"PK",
         b"hello, this is text",
-        b"version https://git-lfs...\n",
         b"\x80\x02K\x01.",
     ):
         path.write_bytes(content)

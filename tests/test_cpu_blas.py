@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -100,6 +101,25 @@ def test_the_vendor_decides_which_comes_first(
     assert names[:2] == [first, "openblas" if intel else "mkl"]
 
 
+def test_mkl_comes_only_where_it_is_asked_for() -> None:
+    """With MKL nothing is tiled, so that a plain install on an Intel machine must not take it."""
+    requirements = importlib.metadata.requires("redrafter-mlx") or []
+    assert any(each.startswith("cmeel-openblas") and "extra" not in each for each in requirements)
+    mkl = [each for each in requirements if each.startswith("mkl")]
+    assert mkl and all('extra == "mkl"' in each for each in mkl)
+
+
+@linux_only
+def test_an_intel_machine_without_mkl_takes_openblas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "_is_intel", lambda: True)
+    monkeypatch.setattr(
+        blas,
+        "_installed",
+        lambda package, library: iter([] if package == "mkl" else [f"/installed/{library}"]),
+    )
+    assert next(blas._candidates()) == "/installed/libopenblas.so"
+
+
 @linux_only
 def test_too_late_after_mlx() -> None:
     result = run("import mlx.core; import redrafter_mlx")
@@ -136,6 +156,7 @@ print(blas.loaded() is not None, dict(os.environ) == before, env() == inherited)
     assert result.stdout.strip() == "True True True", result.stderr
 
 
+@pytest.mark.slow
 @linux_only
 def test_malloc_is_changed_by_commands_alone() -> None:
     """Importing and generating set no option of malloc, which the whole process shares."""
@@ -184,11 +205,13 @@ def generated() -> list[str]:
     return tokens
 
 
+@pytest.mark.slow
 def test_the_switch_leaves_the_tokens_as_they_are(generated: list[str]) -> None:
     where, *tokens = run(GENERATE, REDRAFTER_CPU="off").stdout.splitlines()
     assert where.endswith(" False") and tokens == generated
 
 
+@pytest.mark.slow
 def test_without_the_folder_the_tokens_are_the_same(generated: list[str], tmp_path: Path) -> None:
     shutil.copytree(
         ROOT / "redrafter_mlx",

@@ -179,12 +179,16 @@ def test_copies_do_not_crowd_the_memory(
     assert type(layers.layers[0]) is not nn.Linear
 
 
-def test_with_another_blas_nothing_is_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_another_blas_nothing_is_tiled_which_the_log_says(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(tiles, "_streams", tuple)
+    caplog.set_level("INFO", "redrafter_mlx")
     layers, x = nn.Sequential(nn.Linear(64, 96)), mx.ones((1, 64))
     tile_layers(layers)
     assert type(layers.layers[0]) is nn.Linear
     assert TiledWeight(layers.layers[0].weight).tiles(x) == []
+    assert "needs OpenBLAS" in caplog.text
 
 
 def test_threads_are_asked_of_openblas_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.toy import FAMILIES, VOCAB, make, make_drafter, make_often_right, make_target, make_wide_head
 
@@ -30,6 +31,7 @@ SETTINGS = {
     ),
 }  # fmt: skip
 PROMPT = [5, 9, 33, 2, 17]
+slow = pytest.mark.slow
 
 
 def run(model: Model, draft: str, sampling: Sampling, count: int = 32, **options: object) -> list[int]:
@@ -38,8 +40,16 @@ def run(model: Model, draft: str, sampling: Sampling, count: int = 32, **options
     return stats.token_ids
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("setting", SETTINGS)
+def every_pair() -> list[ParameterSet]:
+    """Every family with every setting; those with one setting each, all four in turn, are the quick ones."""
+    return [
+        pytest.param(family, setting, marks=() if row % len(SETTINGS) == column else pytest.mark.slow)
+        for row, family in enumerate(FAMILIES)
+        for column, setting in enumerate(SETTINGS)
+    ]
+
+
+@pytest.mark.parametrize(("family", "setting"), every_pair())
 def test_speculative_is_plain(family: str, setting: str) -> None:
     model = make(family)
     plain = run(model, "off", SETTINGS[setting])
@@ -53,7 +63,9 @@ def right_now_and_then(family: str) -> Model:
     return Model(target, make_often_right(target))
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_window", "gemma3"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("llama", marks=slow), "llama_window", pytest.param("gemma3", marks=slow)]
+)
 def test_speculative_is_plain_with_a_trained_like_drafter(family: str) -> None:
     model = right_now_and_then(family)
     for sampling in (Sampling(), Sampling(temperature=1.0, seed=11)):
@@ -66,7 +78,7 @@ def test_speculative_is_plain_with_a_trained_like_drafter(family: str) -> None:
         assert accepted > 0
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=slow)])
 def test_quantized_cache(bits: int) -> None:
     target = make_wide_head()
     model = Model(target, make_drafter(target))
@@ -93,6 +105,16 @@ def test_long_prompt_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         _, blocks = generate(model, prompt, max_tokens=20, draft="3x4")
         monkeypatch.undo()
         assert blocks.token_ids == whole.token_ids
+
+
+def test_a_prefills_buffers_are_freed_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the blocks' freed arrays, which no later one fits, would stay in MLX's cache until the text is done."""
+    model, freed = make(), list[int]()
+    monkeypatch.setattr(mx, "clear_cache", lambda: freed.append(1))
+    cache, prompt = model.target.new_cache(), [index % VOCAB for index in range(decode.SHORT_PROMPT + 20)]
+    text = Text(model.target, None, cache, Off(), Sampling(), prompt, max_tokens=1)
+    prefill(model.target, text, prompt, block=16)
+    assert len(freed) == -(-(len(prompt) - 1) // 16)
 
 
 @pytest.fixture
@@ -165,14 +187,16 @@ def test_several_texts_in_one_step() -> None:
         assert stats.token_ids == tokens
 
 
-@pytest.mark.parametrize("draft", ["off", *DRAFTS])
+@pytest.mark.parametrize(
+    "draft", ["3x4", *(pytest.param(each, marks=slow) for each in ("off", *DRAFTS) if each != "3x4")]
+)
 def test_an_end_inside_an_accepted_path_ends_the_text(draft: str) -> None:
     """Whatever token of the plain text is made the end, nothing follows it, and the steps count what was emitted."""
     model = right_now_and_then("llama")
-    plain = run(model, "off", Sampling(), 60)
+    plain = run(model, "off", Sampling(), 40)
     for end in dict.fromkeys(plain):
         model.eos_token_ids = frozenset([end])
-        _, stats = generate(model, PROMPT, max_tokens=60, draft=draft)
+        _, stats = generate(model, PROMPT, max_tokens=40, draft=draft)
         assert stats.token_ids == plain[: plain.index(end) + 1] and stats.finish_reason == "stop"
         assert stats.decoded_tokens == stats.generated_tokens - 1
 

@@ -15,9 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from redrafter_mlx.drafters import recurrent
+from redrafter_mlx.drafters import recurrent_network
 from redrafter_mlx.drafters.kinds import load_drafter, load_recurrent, save_drafter
-from redrafter_mlx.drafters.recurrent import changed, quantize
+from redrafter_mlx.drafters.quantization import quantize
+from redrafter_mlx.drafters.recurrent_config import changed
 from redrafter_mlx.files import named_weights
 
 WEIGHTS = "model.safetensors"
@@ -210,7 +211,7 @@ def test_sizes_that_the_tensors_do_not_have_are_compared_and_not_made(folder: Pa
 def test_more_blocks_than_tensors_are_refused_before_one_is_made(
     folder: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr(recurrent, "ResBlock", lambda size: pytest.fail("a block was made"))
+    monkeypatch.setattr(recurrent_network, "ResBlock", lambda size: pytest.fail("a block was made"))
     edit(folder, num_draft_layers=count)
     with pytest.raises(ValueError, match=f"num_draft_layers is {count}, and it holds 7 tensors"):
         load_drafter(folder)

@@ -17,7 +17,9 @@ import numpy as np
 from redrafter_mlx.drafters import beam, precision
 from redrafter_mlx.drafters.kinds import load_drafter, save_drafter
 from redrafter_mlx.drafters.precision import choose_precision
-from redrafter_mlx.drafters.recurrent import RecurrentDrafter, changed, full_head, quantize
+from redrafter_mlx.drafters.quantization import quantize
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter, full_head
+from redrafter_mlx.drafters.recurrent_config import changed
 from redrafter_mlx.files import named_weights
 from redrafter_mlx.generation import Model, generate
 from redrafter_mlx.kernels import DenseWeight

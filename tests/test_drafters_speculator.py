@@ -17,7 +17,7 @@ import numpy as np
 import redrafter_mlx as rd
 from redrafter_mlx.drafters.beam import beams
 from redrafter_mlx.drafters.kinds import load_drafter, load_recurrent, save_drafter
-from redrafter_mlx.drafters.recurrent import quantize
+from redrafter_mlx.drafters.quantization import quantize
 from redrafter_mlx.drafters.speculator import Speculator, SpeculatorConfig
 from redrafter_mlx.files import named_weights
 from redrafter_mlx.generation import Model, generate
@@ -85,8 +85,8 @@ def test_beams_are_the_best_of_all_paths() -> None:
     np.testing.assert_allclose(scores, both[best], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp_tied", "lstm_scaled"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("mlp_tied", marks=pytest.mark.slow), "lstm_scaled"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_drafted_is_plain(family: str, name: str) -> None:
     target, speculator = make_target(family), make_speculator(**CASES[name])
     speculator.eval()

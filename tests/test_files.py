@@ -1,4 +1,4 @@
-"""Files: damaged safetensors are one clear error before MLX maps them; JSON; Git LFS pointers; atomic writes."""
+"""Files: damaged safetensors are one clear error before MLX maps them; JSON; Git LFS pointers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ import redrafter_mlx  # noqa: F401  (before mlx)
 # isort: split
 import mlx.core as mx
 
-from redrafter_mlx.files import check_safetensors, new_file, read_json, read_safetensors, write_safetensors
+from redrafter_mlx.files import (
+    check_finite,
+    check_safetensors,
+    read_json,
+    read_safetensors,
+    write_safetensors,
+)
 
 
 def save(path: Path, header: object, data: bytes) -> Path:
@@ -46,14 +52,18 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
         ({"a": entry(0, 8), "b": entry(0, 8)}, 8, "bytes of b begin at 0"),
         ({"a": entry(1, 9)}, 9, "bytes of a begin at 1"),
         ({"a": entry(0, 8, dtype="F64")}, 8, "a has dtype 'F64'"),
-        ({"a": entry(0, 8, dtype=None)}, 8, "a has dtype None"),
+        ({"a": entry(0, 8, dtype=None)}, 8, "a has dtype 'None'"),
+        ({"a": entry(0, 8, dtype={"x": 1})}, 8, "a has dtype \"{'x': 1}\""),
+        ({"__metadata__": 1, "a": entry(0, 8)}, 8, "__metadata__ must be an object of text"),
+        ({"__metadata__": {"format": 1}, "a": entry(0, 8)}, 8, "__metadata__ must be an object of text"),
         ({"a": entry(0, 8, shape=[3])}, 8, "cannot lie in bytes"),
         ({"a": entry(0, 8, shape=["2"])}, 8, "whole numbers"),
         ({"a": entry(0, 8, shape=[2**40, 2**40])}, 8, "cannot lie in bytes"),
         ({"a": entry(0, 8, shape=[-2])}, 8, "whole numbers"),
         ({"a": entry(0, 8, data_offsets=[0])}, 8, "cannot lie in bytes"),
         ({"a": entry(0, 8, data_offsets=None)}, 8, "whole numbers"),
-        ({"a": 3}, 8, "a has dtype None"),
+        ({"a\nb": entry(0, 8)}, 8, r"a tensor is called 'a\\nb'"),
+        ({"a": 3}, 8, "a has dtype 'None'"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, header: object, size: int, rule: str) -> None:
@@ -89,10 +99,9 @@ def test_json_with_a_byte_order_mark_and_json_that_is_none(tmp_path: Path) -> No
             read_json(path)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "x.txt"
-    path.write_text("old")
-    with pytest.raises(KeyError), new_file(path) as part:
-        part.write_text("half")
-        raise KeyError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_named(value: float) -> None:
+    arrays = {"a": mx.ones((3,)), "ids": mx.arange(3), "b": mx.array([1.0, value], dtype=mx.bfloat16)}
+    with pytest.raises(ValueError, match=r"here: b holds values that are not finite"):
+        check_finite(arrays, "here")
+    check_finite({name: arrays[name] for name in ("a", "ids")}, "here")

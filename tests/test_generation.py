@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from tests.toy import VOCAB, make, save_folder
+from tests.toy import VOCAB, make, make_often_right, make_target, save_folder
 
 # isort: split
+import mlx.core as mx
+
 import redrafter_mlx as rd
 from redrafter_mlx.generation import Model, PromptCache, generate, stream_generate
 from redrafter_mlx.sampling import Sampling
@@ -121,12 +126,65 @@ def test_a_stream_stays_in_its_thread() -> None:
     assert errors == ["a stream must be read in one thread: the one in which its first chunk was"]
 
 
+def test_each_turn_in_a_thread_of_its_own() -> None:
+    """Rows that a turn's last step accepted out of order are moved for the next turn, whichever thread has that."""
+    target = make_target()
+    model = Model(target, make_often_right(target))
+    for count in range(2, 9):
+        cache, prompt, found = PromptCache(), list(PROMPT), list[list[int]]()
+
+        def turn(count: int, cache: PromptCache, prompt: list[int], found: list[list[int]]) -> None:
+            found.append(generate(model, prompt, max_tokens=count, draft="8x4@16", cache=cache)[1].token_ids)
+
+        for _ in range(2):
+            thread = threading.Thread(target=turn, args=(count, cache, list(prompt), found))
+            thread.start()
+            thread.join()
+            plain = generate(model, prompt, max_tokens=count, draft="off")[1].token_ids
+            assert found.pop() == plain, count
+            prompt += plain
+
+
+def test_a_stream_closed_in_another_thread_leaves_a_cache_that_serves() -> None:
+    target = make_target()
+    model = Model(target, make_often_right(target))
+    want = generate(model, PROMPT, max_tokens=20, draft="off")[1].token_ids
+    for count in range(1, 8):
+        cache = PromptCache()
+        stream = stream_generate(model, PROMPT, max_tokens=20, draft="8x4@16", cache=cache)
+        tokens = [next(stream).token for _ in range(count)]
+        thread = threading.Thread(target=stream.close)  # type: ignore[attr-defined]
+        thread.start()
+        thread.join()
+        _, stats = generate(model, PROMPT + tokens, max_tokens=20 - count, draft="8x4@16", cache=cache)
+        assert tokens + stats.token_ids == want, count
+
+
 def test_a_target_without_a_tokenizer_ends_at_its_configs_end() -> None:
     model = make("llama")
     plain = generate(model, PROMPT, max_tokens=30, draft="off")[1].token_ids
     model.eos_token_ids = frozenset([plain[7]])
     _, stats = generate(model, PROMPT, max_tokens=30, draft="3x4")
     assert stats.token_ids == plain[: plain.index(plain[7]) + 1] and stats.finish_reason == "stop"
+
+
+def test_weights_stay_resident_on_metal_while_a_text_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in mlx-lm: else a model near the size of the working set would be read from memory anew at every step."""
+    events: list[object] = []
+
+    @contextmanager
+    def wired(module: object) -> Iterator[None]:
+        events.append(module)
+        yield
+        events.append("released")
+
+    model = make()
+    monkeypatch.setattr(importlib.import_module("mlx_lm.generate"), "wired_limit", wired)
+    assert len(list(stream_generate(model, [1, 2], max_tokens=4, draft="3x4"))) == 4 and not events
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    for count, _ in enumerate(stream_generate(model, [1, 2], max_tokens=4, draft="3x4"), 1):
+        assert len(events) == 1 and events[0] is model.target.model, f"resident with chunk {count}"
+    assert events[1:] == ["released"]
 
 
 @pytest.fixture(scope="module")

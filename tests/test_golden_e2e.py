@@ -17,11 +17,12 @@ from redrafter_mlx.generation import Model
 from redrafter_mlx.policy import Fixed, Outcome
 from redrafter_mlx.tree import Beam, Candidates, chain
 
+SLOW = pytest.mark.slow
 GOLDENS = Path(__file__).parent / "goldens" / "e2e"
-SHAPES = ["1x4", "3x4", "4x5", "8x5"]
+SHAPES = [pytest.param("1x4", marks=SLOW), "3x4", pytest.param("4x5", marks=SLOW), "8x5"]
 
 
-@pytest.fixture(scope="module", params=["e00", "e01"])
+@pytest.fixture(scope="module", params=["e00", pytest.param("e01", marks=SLOW)])
 def case(request: pytest.FixtureRequest) -> tuple[Model, dict[str, np.ndarray]]:
     folder = GOLDENS / request.param
     return rd.load(folder / "target", folder / "drafter"), dict(np.load(folder / "io.npz"))

@@ -13,6 +13,7 @@ from tests.toy import save_folder
 
 # isort: split
 import mlx.core as mx
+import numpy as np
 
 from redrafter_mlx.loading.load import load
 
@@ -65,11 +66,43 @@ def test_a_folder_of_pytorch_weights_names_the_converter(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [("awq", "AWQ"), ("gptq", "GPTQ"), ("bitsandbytes", "bitsandbytes")]
+    ("method", "name"), [("hqq", "HQQ"), ("gptq", "GPTQ"), ("bitsandbytes", "bitsandbytes")]
 )
 def test_formats_that_are_not_read_are_named(folder: Path, method: str, name: str) -> None:
     with pytest.raises(ValueError, match=f"holds {name} weights"):
         load(change(folder, quantization_config={"quant_method": method}))
+
+
+def test_awq_as_mlx_lm_reads_it(folder: Path) -> None:
+    """AutoAWQ's layout: 8 numbers of 4 bits of neighboring outputs in a word, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    rng = np.random.default_rng(0)
+    dense = {name: array.astype(mx.float16) for name, array in weights.items()}
+    mx.eval(dense)  # the file is written over
+    packed = dict(dense)
+    order, shifts = [0, 2, 4, 6, 1, 3, 5, 7], np.arange(8, dtype=np.uint32) * 4
+    for name in [name for name in weights if name.endswith("_proj.weight") and "down" not in name]:
+        rows, columns = weights[name].shape
+        numbers, zeros = rng.integers(0, 16, (columns, rows)), rng.integers(0, 16, (columns // 32, rows))
+        scales = rng.choice([0.0625, 0.125], (columns // 32, rows)).astype(
+            np.float16
+        )  # no product is rounded
+        dense[name] = mx.array(((numbers - zeros.repeat(32, 0)) * scales.repeat(32, 0)).T.astype(np.float16))
+        stem = name.removesuffix("weight")
+        del packed[name]
+        for part, values in (("qweight", numbers), ("qzeros", zeros)):
+            words = values.reshape(len(values), -1, 8)[:, :, order].astype(np.uint32) << shifts
+            packed[stem + part] = mx.array(words.sum(axis=-1, dtype=np.uint32).view(np.int32))
+        packed[f"{stem}scales"] = mx.array(scales)
+    mx.save_safetensors(str(folder / "model.safetensors"), dense)
+    want = text(folder)
+    mx.save_safetensors(str(folder / "model.safetensors"), packed)
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    assert text(change(folder, quantization_config=awq)) == want
+    for other in ({"bits": 3}, {"version": "gemv"}):
+        with pytest.raises(ValueError, match="holds AWQ weights"):
+            load(change(folder, quantization_config={**awq, **other}))
 
 
 def test_more_layers_than_tensors(folder: Path) -> None:
@@ -80,10 +113,7 @@ def test_more_layers_than_tensors(folder: Path) -> None:
 def test_too_large_dequantized_is_refused_before_it_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
-    module = importlib.import_module("redrafter_mlx.loading.load")
-    monkeypatch.setattr(module, "memory_bytes", lambda: 1000)
+    monkeypatch.setattr("redrafter_mlx.loading.memory.memory_bytes", lambda: 1000)
     with pytest.raises(ValueError, match="too large for this CPU"):
         load(change(folder, quantization={"bits": 4, "group_size": 64}))
 

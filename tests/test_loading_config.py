@@ -50,8 +50,8 @@ def test_layer_types_of_gemma3() -> None:
     [
         ({"model_type": None}, "has no model_type"),
         (
-            {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}},
-            "rope_theta is 1.0, and rope_parameters has 2.0",
+            {"rope_theta": 10.0, "rope_parameters": {"rope_theta": 20.0}},
+            "rope_theta is 10.0, and rope_parameters has 20.0",
         ),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": YARN},
@@ -62,7 +62,11 @@ def test_layer_types_of_gemma3() -> None:
         ({"rope_parameters": 5}, "rope_parameters must be an object"),
         ({"rope_scaling": 5}, "rope_scaling must be an object"),
         ({"rope_parameters": {"chunked": {"rope_theta": 1.0}}}, "cannot be honored"),
-        ({"rope_theta": "x"}, "rope_theta must be a positive number"),
+        ({"rope_theta": "x"}, "rope_theta must be a number greater than 1, not 'x'"),
+        ({"rope_theta": 1}, "rope_theta must be a number greater than 1, not '1'"),
+        ({"rms_norm_eps": 2**31}, "rms_norm_eps must be a number from 0 to 1"),
+        ({"layer_norm_epsilon": True}, "layer_norm_epsilon must be a number from 0 to 1"),
+        ({"norm_eps": float("nan")}, "norm_eps must be a number from 0 to 1, not 'nan'"),
         ({"hidden_size": 0}, "hidden_size must be an integer"),
         ({"vocab_size": True}, "vocab_size must be an integer"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers must be an integer"),

@@ -55,6 +55,7 @@ def model() -> Model:
     return make("llama")
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(SAMPLING, OPTIONS)
 def test_it_works_or_is_one_clear_error(sampling: dict[str, Any], options: dict[str, Any]) -> None:

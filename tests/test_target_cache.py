@@ -17,7 +17,8 @@ import numpy as np
 
 from redrafter_mlx.generation import Model, PromptCache, generate, stream_generate
 from redrafter_mlx.target import Target
-from redrafter_mlx.target.cache import BLOCK, KVCache
+from redrafter_mlx.target.cache import KVCache
+from redrafter_mlx.target.keys_values import BLOCK
 from redrafter_mlx.tree import build, chain
 
 QUANTIZED = {"quantized": 64, "quantized, heads of 96": 96}
@@ -114,8 +115,8 @@ def test_first_rows_are_a_trim_and_others_one_gather(monkeypatch: pytest.MonkeyP
     target, cache, _ = setup("llama")
     gathered: list[int] = []
     layer = type(cache.layers[0])
-    original = layer.pick
-    monkeypatch.setattr(layer, "pick", lambda self, p: (gathered.append(1), original(self, p))[1])
+    original = layer.gather
+    monkeypatch.setattr(layer, "gather", lambda self, p: (gathered.append(1), original(self, p))[1])
     target.verify(chain(mx.array([1, 2, 3, 4])), cache)
     cache.keep([0, 1, 2])
     assert not gathered and cache.length == 3
@@ -128,7 +129,7 @@ def test_reserved_buffers_are_not_reallocated() -> None:
     target, cache, _ = setup("llama")
     cache.reserve(3 * BLOCK)
     target.extend(mx.array([1, 2, 3]), cache)
-    assert cache.layers[0].keys is not None and cache.layers[0].keys[0].shape[2] == 3 * BLOCK
+    assert cache.layers[0].keys.shape[2] == 3 * BLOCK
     nbytes = cache.nbytes
     for _ in range(10):
         target.extend(mx.arange(50) % VOCAB, cache)
@@ -137,14 +138,24 @@ def test_reserved_buffers_are_not_reallocated() -> None:
 
 def test_other_states_are_refused() -> None:
     import mlx.nn as nn
-    from mlx_lm.models.cache import ArraysCache
+    from mlx_lm.models.cache import CacheList, ConcatenateKVCache, RotatingKVCache
+    from mlx_lm.models.cache import KVCache as Plain
 
-    class Recurrent(nn.Module):
+    class Strange(nn.Module):
+        def __init__(self, made: object) -> None:
+            super().__init__()
+            self.made = [made]
+
         def make_cache(self) -> list[object]:
-            return [ArraysCache(2)]
+            return [Plain(), *self.made]
 
-    with pytest.raises(ValueError, match="ArraysCache in layer 0"):
-        KVCache.of(Recurrent())
+    for made, kind in (
+        (ConcatenateKVCache(), "ConcatenateKVCache"),
+        (CacheList(Plain(), ConcatenateKVCache()), "ConcatenateKVCache"),
+        (RotatingKVCache(8, keep=4), "RotatingKVCache that keeps its first rows"),
+    ):
+        with pytest.raises(ValueError, match=f"layer 1 of .* keeps a {kind}; keys and values"):
+            KVCache.of(Strange(made))
 
 
 def test_memory_is_freed_with_the_last_reference() -> None:
@@ -166,7 +177,7 @@ def test_quantized_in_the_largest_groups_that_divide_a_head(head_size: int, grou
     target = make_wide_head(head_size)
     cache = target.new_cache(4)
     mx.eval(target.extend(mx.arange(5), cache).logits)
-    values, scales, _ = cache.layers[0].keys  # type: ignore[misc]
+    values, scales, _ = cache.layers[0].keys
     assert cache.group_size == group_size
     assert scales.shape[-1] == head_size // group_size and values.shape[-1] == head_size * 4 // 32
 

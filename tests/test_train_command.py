@@ -16,44 +16,20 @@ import pytest
 
 from apps.cli import main
 
-from .toy import _COMMON, FAMILIES, VOCAB, make_model
+from .training import arguments, tiny_target, without
 
 # isort: split
 import mlx.core as mx
-from mlx.utils import tree_flatten
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 pytestmark = pytest.mark.slow
 
+
 ROOT = Path(__file__).parent.parent
-TEMPLATE = (
-    "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
-)
-
-
-def tiny_target(path: Path, family: str) -> Path:
-    """A random model of 64 words as a folder, with a chat template; w2 ends a turn."""
-    path.mkdir(exist_ok=True)
-    model = make_model(family)
-    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    config = {**_COMMON, **FAMILIES[family], "eos_token_id": 2}
-    (path / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "chat_template": TEMPLATE}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return path
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_target(tmp_path_factory.mktemp("target"), "llama")
-
-
-def arguments(folder: Path, out: Path) -> list[str]:
-    options = "--self-prompt 48 --rows 12 --max-tokens 24 --epochs 40 --validate-every 10 --draft-vocab 40"
-    return ["train", "--model", str(folder), "--out", str(out), *options.split()]
 
 
 def run_until(command: list[str], reached: Callable[[], bool]) -> None:
@@ -102,11 +78,36 @@ def test_killed_twice_it_ends_as_if_never_killed(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--length", "1"], "--length counts the root and must be at least 2, not 1"),
+        (["--length", "1"], "--length counts the root and must be between 2 and 64, not 1"),
         (["--self-prompt", "0"], "the number of answers must be at least 1, not 0"),
         (["--prompts", "missing.jsonl"], "prompts: no file missing.jsonl"),
         (["--context-layers", "a"], "--context-layers must be auto, none or numbers"),
         (["--context-layers", "7"], "context_layers must lie in 0..2"),
+        (["--context-layers", "1,1"], "context_layers must be different and 0 or more"),
+        (["--quantize", "3"], "--quantize must be 4 or 8 bits, or 0 for none, not 3"),
+        (["--draft-vocab", "-1"], "--draft-vocab must be 0 (all) or more, not -1"),
+        (["--epochs", "inf"], "epochs must be positive and finite, not inf"),
+        (["--start-from", "nowhere"], "--start-from: no drafter at nowhere"),
+        (["--push-to-hub", "a/b/c"], "--push-to-hub must be owner/name"),
+        (["--push-to-hub", "me/drafter"], "--push-to-hub me/drafter needs a login"),
+        (
+            ["--self-prompt", "2", "--max-tokens", "8"],
+            "there is too little text to train on: 2 answers",
+        ),
+        (["--loss", "mse"], "--loss must be one of kl, tv, lk, gumbel, not 'mse'"),
+        (["--depth-weights", "flat"], "--depth-weights must be one of decay, dpace, not 'flat'"),
+        (["--loss", "tv", "--soft", "0.5"], "soft 0.5 is for the loss kl; tv has its own mixture"),
+        (["--text", "text.npz"], "--max-tokens is for answers to be written, and --text text.npz has them"),
+        (["--minutes", "5"], "give a number of answers (--self-prompt) or a time (--minutes), not both"),
+        (
+            ["--max-tokens", "500"],
+            "--max-tokens must leave room for a question of 80 tokens in the 512 tokens",
+        ),
+        (["--exit-dim", "1000000000"], "exit_dim must be between 1 and 65536, not 1000000000"),
+        (["--layers", "1000000"], "the number of residual blocks must be between 0 and 64, not 1000000"),
+        (["--length", "65"], "--length counts the root and must be between 2 and 64, not 65"),
+        (["--seed", "-1"], "the seed must be between 0 and 2^64 - 1, not -1"),
+        (["--seed", str(1 << 64)], "the seed must be between 0 and 2^64 - 1, not 18446744073709551616"),
         (["--soft", "2"], "soft must be between 0 and 1, not 2.0"),
         (["--batch", "100"], "--batch must be a multiple of 32, not 100"),
         (["--start-from", "d", "--exit-dim", "64"], "--start-from keeps that drafter's shape"),
@@ -114,19 +115,27 @@ def test_killed_twice_it_ends_as_if_never_killed(
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
 ) -> None:
-    out = tmp_path / "out"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    out = tmp_path / "deep" / "out"
     assert main([*arguments(folder, out), *extra]) == 2
     error = capsys.readouterr().err
     assert f"error: {message}" in error.replace("\n", " ") and "Traceback" not in error
-    assert not list(out.glob("*.safetensors"))
+    assert not out.parent.exists()
 
 
 def test_text_of_an_earlier_run_gives_the_same_states(folder: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     assert main([*arguments(folder, first), "--epochs", "1"]) == 0
-    assert main([*arguments(folder, again), "--epochs", "1", "--text", str(first / "text.npz")]) == 0
+    command = [*without(arguments(folder, again), "--max-tokens"), "--epochs", "1"]
+    assert main([*command, "--text", str(first / "text.npz")]) == 0
     assert not (again / "text.npz").exists()
     shards = sorted((first / "data").glob("shard-*.npz"))
     assert len(shards) == 4
@@ -146,7 +155,8 @@ def test_text_that_is_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     broken = tmp_path / "text.npz"
     broken.write_bytes(b"PK")
     for file, message in ((broken, "does not hold answers"), (tmp_path / "no.npz", "no file")):
-        assert main([*arguments(folder, tmp_path / "out"), "--text", str(file)]) == 2
+        command = without(arguments(folder, tmp_path / "out"), "--max-tokens")
+        assert main([*command, "--text", str(file)]) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -234,6 +244,7 @@ def test_the_drafter_goes_to_the_hub(
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
     command = [*arguments(folder, tmp_path / "out"), "--epochs", "1", "--push-to-hub", "me/drafter"]
     assert main(command) == 0
     assert calls == [("me/drafter", True), ("me/drafter", ["README.md", "config.json", "model.safetensors"])]

@@ -13,8 +13,8 @@ import numpy as np
 from redrafter_mlx.generation import Model, generate
 from redrafter_mlx.stats import Stats
 from redrafter_mlx.train.generate import Row, generate_batch
-from redrafter_mlx.train.replay import num_accepted, replay
-from redrafter_mlx.tree import NEVER, Beam
+from redrafter_mlx.train.replay import replay
+from redrafter_mlx.tree import Beam
 
 
 @pytest.mark.parametrize("draft", ["1x4", "3x4", "3x4@6", "8x5@16"])
@@ -37,21 +37,3 @@ def test_replay_is_decoding(draft: str) -> None:
     # the replay ends where the text no longer holds a whole beam
     assert 0 <= stats.steps - found.steps <= Beam.parse(draft).length
     assert found.tokens_per_step == pytest.approx(stats.tokens_per_step, abs=0.05)
-
-
-def test_only_kept_nodes_and_their_own_children_count() -> None:
-    tokens, parents = np.array([7, 8, 1, 1]), np.array([-1, -1, 0, 1])
-    logprobs = np.log(np.array([0.6, 0.3, 0.5, 0.1]))
-
-    def accepted(nodes: int, truth: list[int]) -> int:
-        return num_accepted(tokens, parents, logprobs, nodes, truth)
-
-    assert accepted(5, [8, 1]) == 2
-    assert accepted(4, [8, 1]) == 1, "the child of 8 is not among three candidates"
-    assert accepted(5, [9, 1]) == 0
-    assert accepted(2, [8]) == 0
-
-
-def test_what_is_not_offered_does_not_count() -> None:
-    logprobs = np.array([-0.1, NEVER])
-    assert num_accepted(np.array([7, 8]), np.array([-1, -1]), logprobs, 3, [8]) == 0

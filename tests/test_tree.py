@@ -12,7 +12,7 @@ import redrafter_mlx  # noqa: F401  (before mlx)
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx.tree import NEVER, Beam, TokenTree, ancestor_mask, build, chain, merge
+from redrafter_mlx.tree import NEVER, Beam, Candidates, TokenTree, ancestor_mask, build, chain, merge
 from tests.offers import DARK, IS, MARS, MARS_OFFER, RED, REDDISH, WHEN, A, all_paths, offer, random_offer
 
 TREES = Path(__file__).parent / "goldens" / "tree"
@@ -152,3 +152,23 @@ def test_parse(text: str, beam: Beam) -> None:
 def test_parse_refuses(text: str) -> None:
     with pytest.raises(ValueError):
         Beam.parse(text)
+
+
+def test_only_kept_nodes_and_their_own_children_count() -> None:
+    tokens, parents = np.array([7, 8, 1, 1]), np.array([-1, -1, 0, 1])
+    logprobs = np.log(np.array([0.6, 0.3, 0.5, 0.1], dtype=np.float32))
+    candidates = Candidates(mx.array(tokens), mx.array(parents), mx.array(logprobs), 2)
+
+    def accepted(nodes: int, truth: list[int]) -> int:
+        return candidates.num_matching(truth, nodes)
+
+    assert accepted(5, [8, 1]) == 2
+    assert accepted(4, [8, 1]) == 1, "the child of 8 is not among three candidates"
+    assert accepted(5, [9, 1]) == 0
+    assert accepted(2, [8]) == 0
+
+
+def test_what_is_not_offered_does_not_count() -> None:
+    candidates = Candidates(mx.array([7, 8]), mx.array([-1, -1]), mx.array([-0.1, NEVER]), 1)
+    assert candidates.num_matching([8]) == 0
+    assert candidates.num_matching([7]) == 1

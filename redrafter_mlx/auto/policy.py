@@ -10,12 +10,17 @@ could build the next verification, which costs more than it gains (docs/notes/cp
 The drafter's probabilities are corrected by what is really accepted at each depth, and the table by the times
 really taken. Where plain decoding wins, drafting stops, and is tried again after a while that doubles each time.
 
+What is looked up comes with probabilities that the host knows, so N is chosen anew in every step in which something
+was found: best-first among those and the mean of the drafter's searches. The drafter has to pay beside the lookup, and
+where it does not, the lookup goes on alone, waiting for the text only where it expects to win by that.
+
 Letters: W beam width, L beam length counting the root, N nodes.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +42,9 @@ class AutoSettings:
     lengths: tuple[int, ...] = (2, 3, 4, 5)
     nodes: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
     """N that may be chosen; few, because a GPU compiles for each."""
+    lookup: Beam = Beam(1, 17)
+    """the most that is looked up for a step"""
+    lookups_kept: int = 16
     first_nodes: int = 4
     """N of the first search, when nothing is known."""
     trial: int = 3
@@ -58,6 +66,12 @@ class AutoSettings:
     """Accepted nodes per depth that must be seen before the evidence outweighs them."""
     margin: float = 1.05
     """Drafting must beat plain decoding by this: the prediction is no better than its table."""
+    ratios_kept: int = 32
+    """Steps whose seconds are held against the table."""
+    ratios_needed: int = 8
+    """Plain and drafted steps that must have been seen before the table is judged."""
+    stale: float = 1.3
+    """Drafted steps this much slower or faster than the table says, beside plain ones: it is measured again."""
     first_margins: tuple[float, float] = (0.9, 1.0)
     """The same after one and two trials: these rest on a few steps, so only what is hopeless ends there."""
 
@@ -76,8 +90,12 @@ class AcceptanceModel:
     """(L-1,) decayed count of accepted nodes, by depth"""
     searches: deque[np.ndarray] = field(init=False)
     """log-probabilities (L-1, W) of the last wide searches"""
+    lookups: deque[np.ndarray] = field(init=False)
+    """path probabilities (lookup.length - 1,) of what was looked up in the last steps, 0 where there was nothing"""
     best: Beam | None = None
     """what pays, once there was a verdict"""
+    worth: np.ndarray = field(init=False)
+    """(P,) mean path probability of the most probable, second, ... candidate of that draft"""
     drafted: int = 0
     """steps since drafting began or began again"""
     plain_left: int = 0
@@ -88,6 +106,8 @@ class AcceptanceModel:
         depths = self.settings.wide[1] - 1
         self.predicted, self.accepted = np.zeros(depths), np.zeros(depths)
         self.searches = deque(maxlen=self.settings.searches_kept)
+        self.lookups = deque(maxlen=self.settings.lookups_kept)
+        self.worth = np.zeros(0)
         self.pause = self.settings.first_pause
 
     @property
@@ -102,6 +122,7 @@ class AcceptanceModel:
 
     def update(self, predicted: np.ndarray, num_accepted: int) -> None:
         """Compare the probabilities predicted for the verified nodes of each depth, (depths,), with the outcome.
+
         Depths that were not drafted are forgotten too: else a bad run there would keep them from being tried again.
         """
         self.predicted *= self.settings.memory
@@ -122,10 +143,31 @@ class Learned:
     """greedy? -> what was learned there"""
     gave_up: bool = False
     """True once drafting was found not to pay"""
+    plain_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=DEFAULTS.ratios_kept))
+    """seconds of the last plain steps over those of the table"""
+    drafted_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=DEFAULTS.ratios_kept))
+    """the same of drafted steps"""
 
     def __post_init__(self) -> None:
         self.verify = self.table.verify_seconds()
         self.modes = {greedy: AcceptanceModel(self.settings) for greedy in (True, False)}
+
+    @property
+    def is_stale(self) -> bool:
+        """True where steps take times so different from the table's that it must have been measured in a busy minute:
+        drafted ones against plain ones, since a machine that is slower for both changes nothing.
+        """
+        few = min(len(self.plain_ratios), len(self.drafted_ratios)) < DEFAULTS.ratios_needed
+        if few:
+            return False
+        ratio = float(np.median(self.drafted_ratios) / np.median(self.plain_ratios))
+        return not 1 / DEFAULTS.stale < ratio < DEFAULTS.stale
+
+    def note_step(self, nodes: int, seconds: float, beside: float) -> None:
+        """Compare a whole step with the table: `beside` are the seconds of the table for all but the verification."""
+        known = self.table.verify_seconds()[nodes] + beside
+        (self.plain_ratios if nodes == 1 else self.drafted_ratios).append(seconds / known)
+        self.note_time(nodes, seconds - beside)
 
     def note_time(self, nodes: int, seconds: float) -> None:
         """Move C(nodes) towards the time taken, and all others half as far: most of a change is the machine's.
@@ -139,18 +181,29 @@ class Learned:
 
 
 class Auto(Policy):
-    """The policy: a draft for every step, and a verdict every few steps on which draft pays."""
+    """The policy: a draft for every step, and a verdict every few steps on which draft pays.
 
-    def __init__(self, learned: Learned, greedy: bool, drafter: Drafter) -> None:
+    Args:
+        drafter: None where there is none, and drafts are only looked up.
+        max_width: beams that may be searched at most; 1 for a target that verifies chains only. None: as the drafter.
+    """
+
+    def __init__(
+        self, learned: Learned, greedy: bool, drafter: Drafter | None, max_width: int | None = None
+    ) -> None:
         self.learned, self.model, self.settings = learned, learned.modes[greedy], learned.settings
+        self.shapes: list[tuple[int, int]] = []
+        if drafter is None:
+            return
         longest = drafter.max_length or max(self.settings.lengths)
+        widest = min(drafter.max_width, max_width or drafter.max_width)
         self.shapes = [
             (w, length)
             for w in self.settings.widths
             for length in self.settings.lengths
-            if w <= drafter.max_width and length <= longest
+            if w <= widest and length <= longest
         ]
-        width, length = min(self.settings.wide[0], drafter.max_width), min(self.settings.wide[1], longest)
+        width, length = min(self.settings.wide[0], widest), min(self.settings.wide[1], longest)
         self.wide = Beam(width, length, nodes=min(self.settings.first_nodes, 1 + width * (length - 1)))
         all_right = np.zeros((1, length - 1, width)), np.ones(length - 1)
         if self.model.drafted == 0 and self._verdict(*all_right, self.settings.margin) is None:
@@ -159,7 +212,7 @@ class Auto(Policy):
 
     def shape(self) -> Beam | None:
         model, settings = self.model, self.settings
-        if model.plain_left > 0:
+        if model.plain_left > 0 or not self.shapes:
             return None
         if model.best is None or len(model.searches) < settings.trial:
             return self.wide
@@ -167,19 +220,58 @@ class Auto(Policy):
             return Beam(self.wide.width, self.wide.length, model.best.nodes)
         return model.best
 
+    @property
+    def lookup_shape(self) -> Beam | None:
+        return self.settings.lookup
+
+    def awaits(self, probs: Sequence[float]) -> bool:
+        verify = self.learned.verify
+        _, rate = self._best_rows(np.array(probs), self.learned.table.waiting)
+        return rate * verify[1] > self.settings.margin
+
+    def prefers_lookup(self, beam: Beam, probs: Sequence[float]) -> bool:
+        return sum(probs) > float(self.model.worth[: (beam.nodes or beam.most_nodes) - 1].sum())
+
+    def rows(self, beam: Beam | None, probs: Sequence[float]) -> int | None:
+        if beam is None:
+            nodes, _ = self._best_rows(np.array(probs), self.learned.table.waiting)
+            return None if nodes == 1 else nodes
+        worth = self.model.worth
+        seconds = self.learned.table.waiting + self.learned.table.draft_seconds(beam.width, beam.length)
+        nodes = max(self._best_rows(np.concatenate([worth, probs]), seconds)[0], beam.nodes or 2)
+        is_least = nodes - 2 < worth.size and max(probs) <= worth[nodes - 2]
+        return None if is_least else nodes
+
+    def _best_rows(self, probs: np.ndarray, seconds: float) -> tuple[int, float]:
+        """The N of most tokens per second for candidates of these path probabilities, and how many those are; 1 where
+        a row more does not pay. `seconds` are those of a step beside its verification.
+        """
+        nodes = [1, *(n for n in self.settings.nodes if n <= probs.size + 1)]
+        tokens = 1 + np.concatenate([[0.0], np.sort(probs)[::-1].cumsum()])[np.array(nodes) - 1]
+        rates = tokens / (self.learned.verify[nodes] + seconds)
+        best = int(rates.argmax())
+        return nodes[best], float(rates[best])
+
     def observe(self, outcome: Outcome) -> None:
         model, settings, beam = self.model, self.settings, outcome.beam
+        if outcome.looked_up is not None:
+            found = np.zeros(settings.lookup.length - 1)
+            found[: len(outcome.looked_up)] = outcome.looked_up[: found.size]
+            model.lookups.append(found)
         if beam is None or outcome.candidates is None:
             model.plain_left = max(0, model.plain_left - 1)
-            self.learned.note_time(1, outcome.seconds)
+            waiting = self.learned.table.waiting if outcome.nodes > 1 else 0.0
+            self.learned.note_step(max(1, outcome.nodes), outcome.seconds, waiting)
             return
         assert beam.nodes is not None
         draft_seconds = self.learned.table.draft_seconds(beam.width, beam.length)
-        self.learned.note_time(beam.nodes, outcome.seconds - draft_seconds)
+        self.learned.note_step(outcome.nodes or beam.nodes, outcome.seconds, draft_seconds)
         # verified with the tree, so there is nothing to wait for; level by level, as a beam search lays it out
         logprobs = np.array(outcome.candidates.logprobs)
         verified = logprobs.argsort()[::-1][: beam.nodes - 1]
         probs = np.bincount(verified // beam.width, np.exp(logprobs[verified]), minlength=beam.length - 1)
+        if outcome.num_accepted == outcome.num_tokens:  # how the text goes on is not known
+            probs = probs[: outcome.num_accepted]
         model.update(probs, outcome.num_accepted)
         if (beam.width, beam.length) == (self.wide.width, self.wide.length):
             model.searches.append(logprobs.reshape(-1, beam.width))
@@ -200,24 +292,45 @@ class Auto(Policy):
             model.pause = self.settings.first_pause
 
     def _verdict(self, logprobs: np.ndarray, trust: np.ndarray, margin: float) -> Beam | None:
-        """The draft of most tokens per second for searches (k, L-1, W); None: none beats plain decoding by
-        `margin`.
+        """The draft of most tokens per second for searches (k, L-1, W), beside what is looked up; None: none beats
+        decoding without a draft by `margin`.
         """
-        verify, best, best_rate = self.learned.verify, None, margin / self.learned.verify[1]
+        model, lookups = self.model, np.zeros((0, 0))
+        if model.lookups:
+            lookups = np.stack(model.lookups)[np.arange(len(logprobs)) % len(model.lookups)]
+        best, best_rate = None, margin * self._rate_without(lookups)
         for width, length in self.shapes:
             part = logprobs[:, : length - 1, :width]
-            order = (-part).reshape(len(part), -1).argsort(axis=1, kind="stable")
             worth = (np.exp(part) * trust[: length - 1, None]).reshape(len(part), -1)
-            tokens = 1 + np.take_along_axis(worth, order, axis=1).cumsum(axis=1).mean(axis=0)
-            draft = self.learned.table.draft_seconds(width, length)
-            for nodes in self.settings.nodes:
-                if nodes > tokens.size + 1:
-                    break
-                # a beam of L tokens can bring no more than L, however sure the drafter is of all its branches
-                rate = min(tokens[nodes - 2], length) / (verify[nodes] + draft)
-                if rate > best_rate:
-                    best, best_rate = Beam(width, length, nodes), rate
+            nodes, rate = self._rate(worth, lookups, width, length)
+            if rate > best_rate:
+                best, best_rate = Beam(width, length, nodes), rate
+                model.worth = -np.sort(-worth, axis=1).mean(axis=0)
         return best
+
+    def _rate_without(self, lookups: np.ndarray) -> float:
+        """Tokens per second without a draft: plain, or where it pays with what was looked up, (k, D)."""
+        plain = 1 / self.learned.verify[1]
+        if not lookups.size:
+            return float(plain)
+        waiting = self.learned.table.waiting
+        return float(np.mean([max(plain, self._best_rows(found, waiting)[1]) for found in lookups]))
+
+    def _rate(self, worth: np.ndarray, lookups: np.ndarray, width: int, length: int) -> tuple[int, float]:
+        """The best N of a draft by itself for path probabilities (k, P), and its tokens per second beside lookups."""
+        verify, draft = self.learned.verify, self.learned.table.draft_seconds(width, length)
+        nodes = np.array([n for n in self.settings.nodes if n <= worth.shape[1] + 1])
+        tokens = 1 - np.sort(-worth, axis=1).cumsum(axis=1).mean(axis=0)
+        # a beam of L tokens can bring no more than L, however sure the drafter is of all its branches
+        rates = np.minimum(tokens[nodes - 2], length) / (verify[nodes] + draft)
+        best = int(rates.argmax())
+        if not lookups.size:
+            return int(nodes[best]), float(rates[best])
+        both = np.concatenate([worth, lookups], axis=1)
+        most = np.array([n for n in self.settings.nodes if n <= both.shape[1] + 1])
+        tokens = 1 - np.sort(-both, axis=1).cumsum(axis=1)[:, most - 2]
+        tokens = np.minimum(tokens, np.maximum(length, 1 + (lookups > 0).sum(axis=1))[:, None])
+        return int(nodes[best]), float((tokens / (verify[most] + draft)).max(axis=1).mean())
 
     def _stop(self) -> None:
         model = self.model

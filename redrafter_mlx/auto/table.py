@@ -28,7 +28,7 @@ from redrafter_mlx.tree import MAX_NODES
 
 _log = logging.getLogger("redrafter_mlx")
 
-VERSION = 16
+VERSION = 17
 
 
 @dataclass(slots=True)
@@ -40,7 +40,13 @@ class CostTable:
     first_level: dict[int, float]
     """width -> extra seconds of a step with a one-level draft; negative if the draft overlaps host work"""
     per_level: dict[int, float]
-    """width -> seconds of every further level"""
+    """width -> seconds of every further level; both are empty where there is no drafter"""
+    waiting: float = 0.0
+    """extra seconds of a step that waits for the text to be known, so that drafts can be looked up in it"""
+    unrest: float = 1.0
+    """how much slower than the fastest samples the middle ones were when this was measured"""
+    attempts: int = 1
+    """times it was measured, for its unrest"""
 
     def verify_seconds(self) -> np.ndarray:
         """C(n) for n = 0 ... MAX_NODES, straight lines between measured n; C(0) = 0."""
@@ -55,6 +61,8 @@ class CostTable:
     def draft_seconds(self, width: int, length: int) -> float:
         """Seconds that a draft with W = width, L = length (root counted) adds to a step."""
         known = sorted(self.first_level)
+        if not known:
+            raise ValueError("the seconds of a draft were asked for, and this table is of a target alone")
         first = float(np.interp(width, known, [self.first_level[w] for w in known]))
         level = float(np.interp(width, known, [self.per_level[w] for w in known]))
         return max(0.0, first + level * (length - 2))
@@ -63,7 +71,8 @@ class CostTable:
         """The table as JSON values."""
         names = ("rows", "first_level", "per_level")
         parts = {name: {str(k): v for k, v in getattr(self, name).items()} for name in names}
-        return {"version": VERSION, **parts}
+        others = {"waiting": self.waiting, "unrest": self.unrest, "attempts": self.attempts}
+        return {"version": VERSION, **parts, **others}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CostTable:
@@ -77,13 +86,16 @@ class CostTable:
         names = ("rows", "first_level", "per_level")
         parts = [{int(k): float(v) for k, v in values[name].items()} for name in names]
         rows, widths = parts[0], set(parts[1])
-        if not all(math.isfinite(v) for part in parts for v in part.values()):
+        waiting, unrest, attempts = float(values["waiting"]), float(values["unrest"]), int(values["attempts"])
+        if not all(
+            math.isfinite(v) for v in [waiting, unrest, *(v for part in parts for v in part.values())]
+        ):
             raise ValueError("seconds that are no numbers")
-        if not widths or widths != set(parts[2]) or 1 not in rows or min(rows.values()) <= 0:
+        if widths != set(parts[2]) or 1 not in rows or min(rows.values()) <= 0:
             raise ValueError("parts are missing")
         if not all(1 <= number <= MAX_NODES for part in parts for number in part):
             raise ValueError("rows or widths out of range")
-        return cls(*parts)
+        return cls(parts[0], parts[1], parts[2], max(0.0, waiting), unrest, attempts)
 
 
 def keep_table(table: CostTable, path: Path) -> None:
@@ -95,7 +107,7 @@ def keep_table(table: CostTable, path: Path) -> None:
         _log.warning("the measurement could not be kept in %s: %s", path, error)
 
 
-def cache_path(target: Target, drafter: Drafter) -> Path:
+def cache_path(target: Target, drafter: Drafter | None) -> Path:
     """One file per device, BLAS and its threads, MLX version, model sizes and dtypes, drafter."""
     identity = [
         device_name(),
@@ -104,7 +116,7 @@ def cache_path(target: Target, drafter: Drafter) -> Path:
         target.name,
         len(target.model.layers),
         _sizes(target.model),
-        drafter.cost_key(),
+        None if drafter is None else drafter.cost_key(),
     ]
     digest = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16]
     return cache_dir() / "cost" / f"{digest}.json"

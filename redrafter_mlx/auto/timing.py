@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import numpy as np
 from redrafter_mlx.decode import Text, prefill, step
 from redrafter_mlx.device import on_gpu
 from redrafter_mlx.drafters.interface import Drafter, Seen
+from redrafter_mlx.drafters.lookup import Lookup, Offer, TextLookup
 from redrafter_mlx.files import read_json
 from redrafter_mlx.policy import Fixed, Off, Policy
 from redrafter_mlx.sampling import Sampling
@@ -43,26 +45,37 @@ ESSENTIAL_ROWS = 4  # always measured: drafts are compared with them
 RARELY_PAYS, NEVER_PAYS = 2.5, 5.0  # plain steps: row counts above are timed seldom; above, not at all
 SELDOM = 3  # samples of a row count that rarely pays: what is slow three times is not slow by chance
 ROUNDS, LEAST_ROUNDS = 8, 4  # of all measurements; of them even past the budget
+WAITING = Beam(1, 4, 4)  # what is looked up in the steps that show what waiting for the text costs
 STEPS = 2  # decode steps in one measurement
+RESTLESS, MOST_ATTEMPTS = (
+    1.3,
+    3,
+)  # a table whose samples spread so much is measured again, so many times in all
 FASTEST = 3  # of so many samples one, the fastest, counts
 
 
 def cost_table(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     fresh: bool = False,
     on_measure: Callable[[], None] | None = None,
 ) -> CostTable:
     """The table for this machine, model and drafter: from the cache folder, or measured now (under 10 s).
 
     Args:
-        fresh: measure, whatever the cache folder holds.
+        fresh: measure, whatever the cache folder holds. A table that was measured while the machine was busy is
+            measured again in any case, in up to two later processes.
         on_measure: called before a measurement; by default one line is logged.
     """
-    path = cache_path(target, drafter)
+    path, kept = cache_path(target, drafter), None
     if not fresh:
         try:
-            return CostTable.from_dict(read_json(path))
+            found = CostTable.from_dict(read_json(path))
+            if bool(found.first_level) != (drafter is not None):
+                raise ValueError("parts are missing")
+            kept = found
+            if kept.unrest < RESTLESS or kept.attempts >= MOST_ATTEMPTS:
+                return kept
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
@@ -72,11 +85,13 @@ def cost_table(
     else:
         _log.warning("measuring what drafting costs on this machine, once (some seconds)")
     table = measure(target, drafter)
+    if kept is not None:  # of a busy minute: the quieter of the two counts
+        table = replace(min(table, kept, key=lambda each: each.unrest), attempts=kept.attempts + 1)
     keep_table(table, path)
     return table
 
 
-def measure(target: Target, drafter: Drafter, budget: float | None = None) -> CostTable:
+def measure(target: Target, drafter: Drafter | None, budget: float | None = None) -> CostTable:
     """Measure within about `budget` seconds (6 by default).
 
     Isolated timings miss host overhead and overlap, so whole decode steps are timed too: plain ones give C(1), and
@@ -92,6 +107,7 @@ def measure(target: Target, drafter: Drafter, budget: float | None = None) -> Co
         return lambda: _seconds(lambda: mx.argmax(target.verify(chain(tokens[:rows]), cache).logits, axis=-1))
 
     def draft(width: int, length: int) -> Job:
+        assert drafter is not None
         text = drafter.start([])
         seen, beam = Seen(context, mx.array(0, dtype=mx.int32), None), Beam(width, length, 2)
 
@@ -103,24 +119,46 @@ def measure(target: Target, drafter: Drafter, budget: float | None = None) -> Co
 
         return run
 
-    def steps(policy: Policy) -> Job:
+    def steps(policy: Policy, drafter: Drafter | None = drafter, lookup: Lookup | None = None) -> Job:
         prompt: list[int] = tokens.tolist()  # type: ignore[assignment]
-        text = Text(target, drafter, target.new_cache(), policy, Sampling(), prompt)
+        text = Text(target, drafter, target.new_cache(), policy, Sampling(), prompt, lookup=lookup)
         prefill(target, text, prompt)
         return partial(_step_seconds, target, text)
 
-    widths = [w for w in WIDTHS if w <= drafter.max_width]
-    long = min(5, drafter.max_length or 5)
+    widths = (
+        []
+        if drafter is None
+        else [w for w in WIDTHS if w <= drafter.max_width and (w == 1 or target.branches)]
+    )
+    long = 5 if drafter is None else min(5, drafter.max_length or 5)
     beams = [Beam(w, min(3, long), min(4, 1 + w * (min(3, long) - 1))) for w in widths]
     jobs: dict[Key, Job] = {("plain", 0, 0): steps(Off())}
+    jobs["waiting", WAITING.nodes or 0, 0] = steps(Fixed(WAITING), None, _Repeating())
     jobs |= {("drafted", beam.width, 0): steps(Fixed(beam)) for beam in beams}
     jobs |= {("draft", w, length): draft(w, length) for w in widths for length in sorted({2, long})}
     jobs |= {("rows", rows, 0): forward(rows) for rows in (ROWS if on_gpu() else CPU_ROWS)}
     return _table(_interleaved(jobs, BUDGET_SECONDS if budget is None else budget), beams, long)
 
 
-def _table(times: dict[Key, float], beams: Sequence[Beam], long: int) -> CostTable:
-    """What was measured as a table: `beams` were drafted in whole steps, `long` is the length of the longer draft."""
+class _Repeating(Lookup):
+    """Finds the same in every step."""
+
+    def start(self, tokens: Sequence[int], greedy: bool = True) -> TextLookup:
+        return _RepeatingText(tokens, self.rates[greedy])
+
+
+class _RepeatingText(TextLookup):
+    def offer(self, beam: Beam) -> Offer:
+        super().offer(beam)  # takes its time too
+        return Offer([0, 0, 0], [-1, 0, 1], [1.0, 1.0, 1.0], 3)
+
+
+def _table(samples: dict[Key, list[float]], beams: Sequence[Beam], long: int) -> CostTable:
+    """What was measured as a table: `beams` were drafted in whole steps, `long` is the length of the longer draft.
+
+    Of every job the fastest third of its samples counts.
+    """
+    times, unrest = {key: _fastest(each) for key, each in samples.items()}, _unrest(samples)
     widths = [beam.width for beam in beams]
     verify = {rows: seconds for (kind, rows, _), seconds in times.items() if kind == "rows"}
     verify[1] = times["plain", 0, 0]
@@ -129,11 +167,15 @@ def _table(times: dict[Key, float], beams: Sequence[Beam], long: int) -> CostTab
     levels = max(1, long - 2)
     level = isotonic({w: max(0.0, times["draft", w, long] - times["draft", w, 2]) / levels for w in widths})
     alone = isotonic({w: times["draft", w, 2] for w in widths})
+    waiting = times["waiting", WAITING.nodes or 0, 0] - verify[WAITING.nodes or 0]
+    if not widths:
+        return CostTable(verify, {}, {}, max(0.0, waiting), unrest)
     beyond = [
         times["drafted", b.width, 0] - verify[b.nodes or 0] - alone[b.width] - level[b.width] * (b.length - 2)
         for b in beams
     ]
-    return CostTable(verify, {w: alone[w] + float(np.median(beyond)) for w in widths}, level)
+    first = {w: alone[w] + float(np.median(beyond)) for w in widths}
+    return CostTable(verify, first, level, max(0.0, waiting), unrest)
 
 
 def isotonic(seconds: dict[int, float]) -> dict[int, float]:
@@ -163,8 +205,18 @@ def _seconds(build: Callable[[], mx.array]) -> float:
     return time.perf_counter() - begun
 
 
-def _interleaved(jobs: dict[Key, Job], budget: float) -> dict[Key, float]:
-    """Seconds of every job: the mean of the fastest third of its samples.
+def _fastest(samples: Sequence[float]) -> float:
+    """The mean of the fastest third."""
+    return float(np.mean(sorted(samples)[: max(1, len(samples) // FASTEST)]))
+
+
+def _unrest(times: dict[Key, list[float]]) -> float:
+    """How much slower than the fastest samples the middle ones were: 1 on a quiet machine."""
+    return float(np.median([np.median(samples) / _fastest(samples) for samples in times.values()]))
+
+
+def _interleaved(jobs: dict[Key, Job], budget: float) -> dict[Key, list[float]]:
+    """Samples of the seconds of every job.
 
     Row counts above 2.5 plain steps rarely pay and are timed three times; above two that take over 5, none is timed.
     """
@@ -191,4 +243,4 @@ def _interleaved(jobs: dict[Key, Job], budget: float) -> dict[Key, float]:
         for key, samples in times.items():
             if len(samples) < SELDOM or not costs_over(RARELY_PAYS, key):
                 samples.append(jobs[key]())
-    return {key: float(np.mean(sorted(samples)[: len(samples) // FASTEST])) for key, samples in times.items()}
+    return times

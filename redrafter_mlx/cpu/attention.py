@@ -1,25 +1,25 @@
 """SwiGLU and attention through `mx.power(2, x)` (see `exponentials`), for the models of one target.
 
-mlx-lm's models call `swiglu` and `scaled_dot_product_attention` by name. A target's own modules are given copies of
-the methods that do, in which the names stand for the functions below; mlx-lm and its other models stay as they are.
+mlx-lm's models call `swiglu` and `scaled_dot_product_attention` by name. The methods that do are copied for the modules
+of one target, and in the copies these names refer to the functions below. mlx-lm and its other models are unchanged.
 
 Letters: N rows, T positions, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
 
+from redrafter_mlx.rebinding import rebind
+
 from .exponentials import LOG2_E
 
-_NEVER = -1e30  # a score that weighs nothing
-_FEW = 4000  # exponentials; below, mlx-lm's single operation is faster
+_NEVER = -1e30  # a score whose weight is 0
+_FEW = 4000  # exponentials; for fewer, mlx-lm's single operation is faster
 
 _their_swiglu = activations.swiglu
 _their_attention = base.scaled_dot_product_attention
@@ -41,7 +41,7 @@ def attention(  # noqa: PLR0913  (mlx-lm's signature)
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """softmax(scale queries keys^T) values. (B, heads, N, D), keys and values (B, their heads, T, D).
+    """softmax(scale queries keys^T) values: queries (B, heads, N, D); keys and values (B, key heads, T, D).
 
     Takes the place of mlx-lm's `scaled_dot_product_attention`, whose softmax makes verified rows expensive on a CPU.
     """
@@ -63,52 +63,12 @@ def attention(  # noqa: PLR0913  (mlx-lm's signature)
     return out.reshape(batch, heads, rows, -1)
 
 
-_OURS: dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]] = {
-    "swiglu": (_their_swiglu, swiglu),
-    "scaled_dot_product_attention": (_their_attention, attention),
-}
-
-
 def replace_functions(model: nn.Module) -> None:
-    """Have the modules of `model` take `swiglu` and attention from here, by giving them subclasses of their classes."""
-    subclasses: dict[type, type] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in subclasses:
-            subclasses[kind] = _subclass(kind)
-        if subclasses[kind] is not kind:
-            module.__class__ = subclasses[kind]
-
-
-def _subclass(kind: type) -> type:
-    """`kind` with those methods rebound to ours that name one of mlx-lm's functions; `kind` itself if none does."""
-    rebound = {}
-    for base_class in reversed(kind.__mro__):
-        for name, method in vars(base_class).items():
-            if isinstance(method, FunctionType):
-                ours = _names_to_replace(method)
-                if ours:
-                    rebound[name] = _with_globals(method, ours)
-                else:
-                    rebound.pop(name, None)  # overridden by a method that needs nothing
-    return type(kind.__name__, (kind,), rebound) if rebound else kind
-
-
-def _names_to_replace(method: FunctionType) -> dict[str, Any]:
-    return {
-        name: ours
-        for name, (theirs, ours) in _OURS.items()
-        if name in method.__code__.co_names and method.__globals__.get(name) is theirs
-    }
-
-
-def _with_globals(method: FunctionType, changed: dict[str, Any]) -> FunctionType:
-    copy = FunctionType(
-        method.__code__,
-        {**method.__globals__, **changed},
-        method.__name__,
-        method.__defaults__,
-        method.__closure__,
+    """Replace `swiglu` and attention in the modules of `model`, by giving each a subclass of its class."""
+    rebind(
+        model,
+        {
+            "swiglu": lambda theirs: swiglu if theirs is _their_swiglu else None,
+            "scaled_dot_product_attention": lambda theirs: attention if theirs is _their_attention else None,
+        },
     )
-    copy.__kwdefaults__ = method.__kwdefaults__
-    return copy

@@ -1,15 +1,15 @@
 """Give MLX a fast BLAS on Linux.
 
-The Linux CPU wheel of MLX links the reference BLAS, about 50 times slower in float32 than others.
-Loading MKL or OpenBLAS into the process with its symbols visible *before* `mlx.core` makes the
-dynamic linker resolve MLX's `cblas_*` calls there. macOS (Accelerate, Metal) needs none of this.
+The Linux CPU wheel of MLX links the reference BLAS, which is about 50 times slower in float32 than others. If MKL or
+OpenBLAS is loaded into the process *before* `mlx.core`, with its symbols visible, the dynamic linker resolves MLX's
+`cblas_*` calls to it. macOS (Accelerate, Metal) needs none of this.
 
-OpenBLAS comes first, but on an Intel machine where somebody installed MKL (`pip install redrafter-mlx[mkl]`). On
-other machines MKL takes kernels of ten years ago, which pack the weights anew for every few rows, while OpenBLAS
-costs nearly the same for 2 to 8 rows (docs/notes/cpu.md).
+OpenBLAS is preferred, except on an Intel machine with MKL installed (`pip install redrafter-mlx[mkl]`). On other
+machines MKL chooses kernels for processors of ten years ago, which reorder the weights at every multiplication, while
+OpenBLAS with tiled weights costs nearly the same for 2 to 8 rows (docs/notes/cpu.md).
 
-OpenBLAS' wheel asks for a Fortran runtime that few systems have installed. MLX's own wheel holds one under
-another name; it is loaded from there.
+OpenBLAS' wheel needs a Fortran runtime that few systems have. MLX's own wheel contains one under another name, which is
+loaded instead.
 
 `REDRAFTER_BLAS=off` leaves MLX's own BLAS in place; `REDRAFTER_BLAS=/path/to/lib.so` loads that file.
 """
@@ -43,7 +43,7 @@ _log = logging.getLogger("redrafter_mlx")
 
 
 def _installed(package: str, library: str) -> Iterator[str]:
-    """Files of that name that pip's `package` put beside this interpreter."""
+    """Files whose names begin with `library` in the installed `package`."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -70,15 +70,15 @@ def _load(path: str) -> None:
 
 
 def _load_fortran() -> None:
-    """Load the Fortran runtime that came with MLX, whose LAPACK is in Fortran too.
+    """Load the Fortran runtime of MLX's wheel, whose LAPACK needs it too.
 
-    The linker looks for it by the name written in it, and in MLX's wheel that has a digest in the middle. So a copy
-    with the usual name is made, in memory.
+    The linker finds a library by its soname, and in MLX's wheel the soname contains a digest. Therefore a copy with the
+    usual soname is made, in memory.
     """
     found = next(_installed("mlx-cpu", "libgfortran"), None)
     if found is None:
         return
-    for path in _installed("mlx-cpu", "libquadmath"):  # it needs this one, by the name with a digest
+    for path in _installed("mlx-cpu", "libquadmath"):  # which the runtime needs, under its own soname
         ctypes.CDLL(path)
     own = Path(found).name.encode() + b"\0"
     usual = (FORTRAN.encode() + b"\0").ljust(len(own), b"\0")
@@ -108,11 +108,10 @@ def _candidates() -> Iterator[str]:
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next array instead of returning them to the kernel.
 
-    For a program of our own, not for a library: the whole process then has one arena and keeps its memory.
+    For commands, not for a library: the whole process then has one arena and never returns memory.
 
-    MLX's CPU backend takes every array from malloc. By default those over 128 KiB are mapped and unmapped
-    each time, and the page faults cost more than the arithmetic (about 6x on large element-wise
-    operations).
+    MLX's CPU backend allocates every array with malloc. By default arrays over 128 KiB are mapped and unmapped each
+    time, and the page faults cost more than the arithmetic: large element-wise operations take about six times as long.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
     if mallopt is not None:
@@ -121,7 +120,7 @@ def keep_freed_memory() -> None:
 
 
 def openblas_threads(path: str | None, kernels: Iterable[str]) -> int:
-    """How many threads the OpenBLAS at `path` computes with; 0 where it is none, or not one with these kernels."""
+    """Threads of the OpenBLAS at `path`; 0 if it is another library, or runs none of these `kernels`."""
     if path is None:
         return 0
     library = ctypes.CDLL(path)
@@ -137,12 +136,12 @@ _loaded: str | None = None
 
 
 def loaded() -> str | None:
-    """Path of the BLAS that `preload` loaded; None where MLX has its own."""
+    """Path of the BLAS that `preload` loaded; None where MLX uses its own."""
     return _loaded
 
 
 def preload() -> None:
-    """Load a fast BLAS for MLX, where there is one to load. Nothing else of the process changes.
+    """Load a fast BLAS for MLX if one is installed. Nothing else in the process changes.
 
     Raises:
         ValueError: `REDRAFTER_BLAS` names a file that cannot be loaded.
@@ -181,7 +180,7 @@ def preload() -> None:
 
 
 def _load_without_spinning(path: str) -> None:
-    """Load a library; the variable that OpenBLAS reads while it loads is not left for child processes."""
+    """Load a library with the environment variable that OpenBLAS reads on loading; children do not inherit it."""
     name, value = _WAIT
     if name in os.environ:
         return _load(path)

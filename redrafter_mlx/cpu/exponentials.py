@@ -28,7 +28,7 @@ def _silu_and_sigmoid(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _vjp(primal: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
-    """The derivative of SiLU; the sigmoid is an output so that it is at hand, finite where the power overflowed."""
+    """The derivative of SiLU from its outputs, of which the sigmoid is finite even where the power overflowed."""
     value, sigmoid = outputs
     return cotangents[0] * (sigmoid + value * (1 - sigmoid))
 

@@ -1,7 +1,7 @@
 """RoPE by a table: cos and sin of a forward's positions are computed once and shared by all layers of a model.
 
-`mx.fast.rope` is composed of twenty operations on MLX's CPU backend, a tenth of a verification. Applying the model's
-own rope to a constant vector gives the cosines and sines it would use, whatever its base or scaling.
+On MLX's CPU backend `mx.fast.rope` is composed of twenty operations, which take a tenth of a verification. The model's
+own rope, applied to a constant vector, gives the cosines and sines that it uses, whatever its base or scaling.
 
 Letters: N rows, D head size.
 """
@@ -18,15 +18,15 @@ Rotation = tuple[mx.array, mx.array]
 
 
 class RotationTable:
-    """The rotations of the forward under way, by what a rope does to a known vector: layers may differ in it."""
+    """The rotations of the current forward, one for each distinct rope: the layers of a model may differ in it."""
 
     def __init__(self) -> None:
         self._rotations: dict[bytes, tuple[mx.array, Rotation]] = {}
 
     def rotate(self, rope: Any, x: mx.array, positions: mx.array) -> mx.array | None:
-        """`rope.by_row(x, positions)` for x (1, heads, N, D) and positions (N,), as the table has it.
+        """`rope.by_row(x, positions)` for x (1, heads, N, D) and positions (N,), computed from the table.
 
-        None where the rope is no rotation of the two halves of x, or x is not float32.
+        None if the rope does not rotate the two halves of x against each other, or x is not float32.
         """
         if x.dtype != mx.float32:
             return None
@@ -48,7 +48,7 @@ def _rotation(rope: Any, positions: mx.array, size: int) -> Rotation:
 
 
 def _find_kind(rope: Any, size: int) -> bytes:
-    """What the rope does at some positions; b"" where that is not a rotation of the two halves of x."""
+    """A key for equal ropes, their rotations at three positions; b"" if the rope does not rotate the halves of x."""
     if size % 2:
         return b""
     positions = mx.array([1, 2, 500], dtype=mx.int32)

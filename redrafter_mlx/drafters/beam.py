@@ -1,8 +1,11 @@
-"""Beam search through anything that guesses level by level, on the device: W tokens a level, no host work in between.
+"""Beam search over any drafter that guesses level by level, W tokens a level, without a wait for the device.
 
 The target draws its token at position p as argmax(log p + gumbel(seed, p)). The drafter adds the same noise to its own
-logits, so that it guesses what the target will draw and not what is likely on average: scores = log softmax((logits / c
-+ T gumbel) / tau), c the depth's calibration, tau = 1 at T = 0 (docs/algorithm.md, "Sampling").
+logits, so that it guesses what the target will draw and not what is likely on average:
+
+    scores = log softmax((logits / c + T gumbel) / tau)
+
+with c the calibration of the depth, tau = 1.15, and tau = 1 at T = 0 (docs/algorithm.md, "Sampling").
 
 Letters: W beam width, L beam length counting the root, V the drafter's vocabulary, C context size.
 """
@@ -17,23 +20,23 @@ import mlx.core as mx
 
 from redrafter_mlx.tree import NEVER, Beam, Candidates
 
-from .interface import Seen
+from .interface import Seen, TextDrafter
 from .top_k import top_k
 
 LARGE = 64 << 20
-"""Bytes per level from which on a search takes every core: it then outlasts what the host does meanwhile."""
+"""A search that reads at least so many bytes per level uses all cores: it takes longer than the host's own work."""
 
-SAMPLING_TAU = 1.15  # softens the noisy scores; how it was found: docs/algorithm.md, "Sampling"
+SAMPLING_TAU = 1.15  # divides the noisy scores; where it comes from: docs/algorithm.md, "Sampling"
 
 S = TypeVar("S")
 
 
 class Recurrence(Protocol[S]):
-    """What a beam search drives. `S` is whatever state it carries from level to level."""
+    """A drafter that guesses level by level, as beam search calls it. `S` is its state, carried from level to level."""
 
     @property
     def vocab(self) -> int:
-        """V, tokens that it can guess."""
+        """V, the number of tokens that it can guess."""
 
     @property
     def target_ids(self) -> mx.array | None:
@@ -41,21 +44,23 @@ class Recurrence(Protocol[S]):
 
     @property
     def calibration(self) -> Sequence[float]:
-        """Temperature by depth that makes its probabilities true ones; past the end: 1."""
+        """Temperature of the logits at each depth, which makes its probabilities calibrated; 1 past the end."""
 
     def begin(self, context: mx.array, root: mx.array) -> S:
         """State after the root. context (C,), root () int32."""
 
     def logits(self, state: S, level: int) -> mx.array:
-        """(1, V) at level 0, (W, V) below: logits for the token after each beam so far; float32."""
+        """(1, V) at level 0, (W, V) below: logits for the token after each beam so far; float32. Below level 0 (1, V)
+        too, where they are the same for all beams.
+        """
 
     def advance(self, state: S, slots: mx.array, tokens: mx.array, level: int) -> S:
-        """State after tokens (W,), target ids, each behind the beam in its slot (W,) of the level before."""
+        """State after tokens (W,), target ids; token i extends the beam in slot slots[i] of the level before."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Levels:
-    """What a search leaves behind: W tokens per level and the slot of each one's parent."""
+    """The result of a search: W tokens per level, and the slot of each one's parent."""
 
     tokens: mx.array
     """(L-1, W) int32, target ids, most probable first within a level"""
@@ -145,7 +150,7 @@ def _survivors(slots: mx.array) -> mx.array:
     order = mx.arange(width, dtype=mx.int32)
     alive = mx.ones((width,), dtype=mx.bool_)
     rows = [alive]
-    for level in range(height - 1, 0, -1):  # which slots of level-1 have a living child
+    for level in range(height - 1, 0, -1):  # which slots of level - 1 have a surviving child
         child_of = slots[level][:, None] == order
         alive = mx.any(child_of & alive[:, None], axis=0)
         rows.append(alive)
@@ -153,16 +158,18 @@ def _survivors(slots: mx.array) -> mx.array:
 
 
 class BeamDrafter(Generic[S]):
-    """A drafter that is a recurrence under beam search; mix in beside the module with the weights.
+    """A mixin that makes a drafter of a module with a `recurrence`, by beam search.
 
-    It keeps nothing of a text: a draft is a function of the last context and the root.
+    It keeps nothing of a text: a draft is a function of the last context and the root. One that does overrides `start`.
     """
 
+    source = "recurrent"
     needs_text = False
+    needs_rows: bool = False
     max_length: int | None = None
 
     def recurrence(self) -> Recurrence[S]:
-        """What the search drives, bound to the target's embedding."""
+        """The recurrence that is searched, with the target's embedding."""
         raise NotImplementedError
 
     @property
@@ -171,17 +178,17 @@ class BeamDrafter(Generic[S]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes one level of a search reads."""
+        """Bytes that one level of a search reads."""
         raise NotImplementedError
 
     @property
     def num_cores(self) -> int | None:
-        """Cores for a search on a CPU, None for all. A small drafter stays on one: the host needs the other, to build
+        """Cores for a search on a CPU, None for all. A small drafter uses one, because the host needs another to build
         the next verification while the search runs.
         """
         return None if self.nbytes >= LARGE else 1
 
-    def start(self, tokens: Sequence[int]) -> BeamDrafter[S]:
+    def start(self, tokens: Sequence[int]) -> TextDrafter:
         return self
 
     def draft(self, seen: Seen, beam: Beam) -> Candidates:

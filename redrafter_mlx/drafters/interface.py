@@ -1,4 +1,4 @@
-"""What the decode step asks of a drafter, and what a drafter may ask of the target.
+"""The interfaces between the decode step, a drafter and the target.
 
 Letters: L beam length counting the root, H hidden size, C context size, V vocabulary.
 """
@@ -20,7 +20,7 @@ Embed = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """All that a draft is made from; on the device, and not yet known to the host."""
+    """The inputs of a draft: arrays on the device, whose values the host does not know yet."""
 
     context: mx.array
     """(C,) of the last committed token"""
@@ -29,11 +29,29 @@ class Seen:
     noise: mx.array | None
     """(L-1, V) temperature times the target's own noise at the drafted positions; None when greedy"""
     position: mx.array | None = None
-    """() int32, where the root stands; None where a draft is only timed or replayed"""
+    """() int32, position of the root in the text; None where a draft is only timed or replayed"""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive committed positions, shown to a drafter that reads all of them; on the device.
+
+    Those of a step are its accepted path, padded to the tree's height, because the host does not know yet how many of
+    them count. The rows after those are void: the next ones that are shown begin behind the last that counted.
+    """
+
+    contexts: mx.array
+    """(n, C)"""
+    tokens: mx.array
+    """(n,) int32, the tokens at these positions"""
+    start: int
+    """the first one's position; all before it have been shown"""
+    count: mx.array | None = None
+    """() int32, 1 ... n: how many count; None: all"""
 
 
 class TargetView(Protocol):
-    """What a drafter may ask of its target; see `redrafter_mlx.target.Target`."""
+    """The part of `redrafter_mlx.target.Target` that a drafter may use."""
 
     name: str
     hidden_size: int
@@ -51,39 +69,72 @@ class TargetView(Protocol):
 
 
 class TextDrafter(Protocol):
-    """A drafter at work on one text."""
+    """A drafter's state for one text."""
 
     def draft(self, seen: Seen, beam: Beam) -> Candidates:
-        """Queue the work of a draft and return what it will offer; waits for nothing."""
+        """Queue the computation of a draft and return its candidates without waiting for them."""
 
     def keep(self, tokens: Sequence[int]) -> None:
-        """Take note of the tokens that a step has committed."""
+        """Record the tokens that a step has committed."""
+
+
+class RowReader(TextDrafter, Protocol):
+    """What `start` of a drafter with `needs_rows` returns. It is shown every committed position, in order, before the
+    draft of what follows them, and stays with the KV cache of the text's target, so that a later text that begins with
+    the same tokens goes on from there.
+    """
+
+    drafter: Any
+    """the `Drafter` that began it"""
+
+    @property
+    def shown(self) -> int:
+        """Positions shown without a gap from 0; of the last ones, those that did not count are overwritten."""
+
+    def observe(self, rows: Rows) -> None:
+        """Take the rows of a step, or of a part of the prompt; waits for nothing.
+
+        Raises:
+            ValueError: they do not begin at a position that was shown, or directly behind the last.
+        """
+
+    def trim(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+
+    def settle(self) -> None:
+        """Set going what is still to be computed, so that another thread can go on with it; see `KVCache.settle`."""
 
 
 class Drafter(Protocol):
-    """A kind of drafter with its weights; one a model, shared by all texts."""
+    """A drafter with its weights. A model has one, which all texts share."""
 
     config: Any
     """a dataclass with `to_dict`, `model_type`, and `target`, the model it was made for"""
+    source: str
+    """what its tokens are called in statistics, as in `recurrent`"""
 
     @property
     def needs_text(self) -> bool:
-        """True: drafts after the host has read the path. False: the draft is queued before."""
+        """True if it drafts after the host has read the accepted path; False if its drafts can be queued before."""
+
+    @property
+    def needs_rows(self) -> bool:
+        """True: reads the contexts of all committed positions, so `start` returns a `RowReader`."""
 
     @property
     def max_width(self) -> int:
-        """Widest beam that it can search."""
+        """Maximum beam width that it can search."""
 
     @property
     def max_length(self) -> int | None:
-        """Longest beam, the root counted, that it can search; None: any."""
+        """Maximum beam length that it can search, the root counted; None for any."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that one level of a draft reads."""
 
     def attach(self, target: TargetView) -> None:
-        """Take the target to draft for: check sizes, take what is shared with it, lay final weights out.
+        """Set the target to draft for: check sizes, share its weights, optimize the layout of final weights.
 
         Raises:
             ValueError: it was made for another target.
@@ -93,7 +144,7 @@ class Drafter(Protocol):
         """Begin a text: `tokens` are its prompt."""
 
     def parameters(self) -> Any:
-        """Its weights, as `nn.Module` has them."""
+        """Its weights, as `nn.Module.parameters` returns them."""
 
     def cost_key(self) -> dict[str, Any]:
-        """What the seconds of a draft depend on."""
+        """Properties on which the seconds of a draft depend, for the name of the file of measured costs."""

@@ -25,15 +25,21 @@ from redrafter_mlx.files import (
 
 from .config import shown
 from .interface import Drafter
-from .recurrent import MODEL_TYPE, RecurrentDrafter, quantize
+from .quantization import quantize
+from .recurrent import MODEL_TYPE, RecurrentDrafter
 
 WEIGHTS = "model.safetensors"
 
 KINDS = {
     MODEL_TYPE: "recurrent:RecurrentDrafter",
     "mlp_speculator": "speculator:Speculator",
+    "medusa_heads": "medusa:Medusa",
+    "hydra_heads": "hydra:Hydra",
 }
 """`model_type` of a config -> module and class, an `nn.Module` that is a `Drafter` and has a `Config`."""
+
+PUBLISHED = {"medusa_num_heads": "Medusa's", "hydra_num_heads": "Hydra's"}
+"""Key of a config that has not been converted -> whose it is. A speculator's has our `model_type`: see there."""
 
 
 def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> Drafter:
@@ -44,12 +50,17 @@ def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> Drafter:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: all missing, superfluous and misshapen tensors in one message; weights that are no numbers; a
+        ValueError: all missing, superfluous and misshapen tensors in one message; weights that are not finite; a
             reduced vocabulary with tokens that the target does not have.
     """
     folder = Path(path)
     where = str(folder / "config.json")
     values = read_json(folder / "config.json")
+    for key, whose in PUBLISHED.items():
+        if key in values:
+            raise ValueError(
+                f"{where} is {whose} as it was published: `redrafter-convert drafter` makes a folder that loads"
+            )
     kind = values.get("model_type", MODEL_TYPE)
     if not isinstance(kind, str) or kind not in KINDS:
         known = ", ".join(sorted(KINDS))
@@ -71,10 +82,10 @@ def load_drafter(path: str | Path, dtype: mx.Dtype | None = None) -> Drafter:
 
 
 def load_recurrent(path: str | Path, dtype: mx.Dtype | None = None) -> RecurrentDrafter:
-    """`load_drafter` where only a recurrent drafter will do: for training and export.
+    """`load_drafter` for training and export, which need a recurrent drafter.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_drafter`; or a drafter of another kind.
+        FileNotFoundError, ValueError: as `load_drafter`; also for a drafter of another kind.
     """
     drafter = load_drafter(path, dtype)
     if not isinstance(drafter, RecurrentDrafter):
@@ -83,7 +94,7 @@ def load_recurrent(path: str | Path, dtype: mx.Dtype | None = None) -> Recurrent
 
 
 def build_drafter(made: Any, config: Any, weights: dict[str, mx.array], where: str) -> nn.Module:
-    """The module for a config, its tensors compared with those there are before any of them is made.
+    """Build the module for a config and compare its tensors with the file's before any memory is taken for them.
 
     Raises:
         ValueError: see `load_drafter`.
@@ -102,10 +113,10 @@ def build_drafter(made: Any, config: Any, weights: dict[str, mx.array], where: s
 
 
 def check_values(drafter: nn.Module, weights: dict[str, mx.array], config: Any, where: str) -> None:
-    """Check what the shapes do not show: dtypes, finite weights, a vocabulary that the target has.
+    """Check what shapes do not show: dtypes, that weights are finite, that the target has the reduced vocabulary.
 
     Raises:
-        ValueError: the first tensor that is wrong.
+        ValueError: names the first tensor that is wrong.
     """
     expected = named_weights(drafter)
     for name, array in weights.items():

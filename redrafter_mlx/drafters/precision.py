@@ -1,8 +1,9 @@
-"""How many bits a drafter is searched with: on a GPU 8 or 4, where that makes its search faster.
+"""The precision of a drafter's search: on a GPU 8 or 4 bits, if that makes the search faster.
 
-A search reads the drafter once per level, and on a GPU that is what it waits for. What is accepted hardly changes (on
-MT-bench's text, 16 prompts of 96 tokens, the drafter of SmolLM2-135M brings 2.177 tokens per step at 4x4@8 as stored,
-2.184 in 8 bits, 2.162 in 4), what is emitted not at all. On a CPU quantized products are slow, and nothing is tried.
+A search reads the drafter's weights once per level, and on a GPU this takes most of its time. Fewer bits hardly change
+how many tokens are accepted: on MT-bench's text, 16 prompts of 96 tokens, the drafter of SmolLM2-135M gives 2.177
+tokens per step at 4x4@8 as stored, 2.184 in 8 bits and 2.162 in 4. They never change the text. On a CPU, where
+quantized multiplication is slow, the drafter stays as it is.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from redrafter_mlx.tree import Beam
 
 from .beam import search
 from .interface import Seen, TargetView
-from .recurrent import RecurrentDrafter, changed, quantize
+from .quantization import quantize
+from .recurrent import RecurrentDrafter, changed
 
 _log = logging.getLogger("redrafter_mlx")
 
 BITS = (8, 4)
 GROUP_SIZE = 64
-GAIN = 0.95  # of the seconds with more bits, at most, for fewer bits to be taken
+GAIN = 0.95  # fewer bits are chosen if they take at most this share of the seconds
 ROUNDS = 7
 
 
 def choose_precision(drafter: RecurrentDrafter, target: TargetView) -> None:
-    """On a GPU, have an attached drafter search with a copy of 8 or 4 bits if that is faster. The drafter itself, and
-    what is saved of it, stay as they are.
+    """On a GPU, let an attached drafter search with a copy of itself in 8 or 4 bits if that is faster.
+
+    Its own weights, which `save_drafter` writes, stay as they are.
     """
     if not on_gpu() or drafter.config.quantization:
         return
@@ -42,7 +45,7 @@ def choose_precision(drafter: RecurrentDrafter, target: TargetView) -> None:
             best = bits
     if best:
         _log.info(
-            "the drafter is searched in %d bits: %.2f ms, %.2f as stored",
+            "the drafter searches in %d bits: %.2f ms, as stored %.2f ms",
             best,
             1000 * seconds[best],
             1000 * seconds[0],
@@ -61,7 +64,7 @@ def _rounded(drafter: RecurrentDrafter, target: TargetView, bits: int) -> Recurr
 
 
 def _search_seconds(choices: dict[int, RecurrentDrafter], target: TargetView) -> dict[int, float]:
-    """Median seconds of a search by each, in turn."""
+    """Median seconds of a search by each of `choices`, timed in turn."""
     times: dict[int, list[float]] = {bits: [] for bits in choices}
     for _ in range(1 + ROUNDS):
         for bits, drafter in choices.items():

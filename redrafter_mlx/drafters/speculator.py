@@ -33,8 +33,9 @@ from redrafter_mlx.kernels import optimize_layout
 from redrafter_mlx.tree import MAX_NODES
 
 from .beam import BeamDrafter
-from .config import check_fit, check_positive, check_quantization, read_config, shown
+from .config import check_fit, check_positive, read_config, shown
 from .interface import TargetView
+from .quantization import check_quantization
 
 MODEL_TYPE = "mlp_speculator"
 METHODS = ("sum_rnn", "sum_lstm")
@@ -131,9 +132,10 @@ class RMSNorm(nn.Module):
 
 
 class Speculator(nn.Module, BeamDrafter[State]):
-    """The drafter, and the recurrence that a beam search drives: its embedding is its own, so nothing is bound."""
+    """The drafter, which is itself the recurrence of its beam search, since it has an embedding of its own."""
 
     Config = SpeculatorConfig
+    source = "speculator"
 
     target_ids: mx.array | None = None
     calibration: Sequence[float] = ()
@@ -167,7 +169,7 @@ class Speculator(nn.Module, BeamDrafter[State]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes one level of a search reads: projection and head, the mean of the stages."""
+        """Bytes that one level of a search reads: projection and head, the mean over the stages."""
         stages = range(self.config.n_predict)
         read = sum(
             weight_bytes(self._of(self.proj, i)) + weight_bytes(self._of(self.head, i)) for i in stages
@@ -175,7 +177,7 @@ class Speculator(nn.Module, BeamDrafter[State]):
         return read // self.config.n_predict
 
     def attach(self, target: TargetView) -> None:
-        """Take the target to draft for: check sizes. In evaluation mode the layout of the weights is optimized.
+        """Set the target to draft for: check sizes, and in evaluation mode optimize the layout of the weights.
 
         Raises:
             ValueError: it was made for another target.
@@ -204,7 +206,7 @@ class Speculator(nn.Module, BeamDrafter[State]):
         return self._of(self.head, level)(state[0]).astype(mx.float32)
 
     def advance(self, state: State, slots: mx.array, tokens: mx.array, level: int) -> State:
-        """State after tokens (W,), each behind the beam in its slot (W,) of the level before."""
+        """State after tokens (W,); token i extends the beam in slot slots[i] of the level before."""
         hidden, cells = state
         return self._advance(hidden[slots], None if cells is None else cells[slots], tokens, level + 1)
 
@@ -223,5 +225,5 @@ class Speculator(nn.Module, BeamDrafter[State]):
         return mx.sigmoid(leave) * nn.gelu(self.state_ln(new)), new
 
     def _of(self, layers: list[Any], stage: int) -> Any:
-        """The layer of a stage: the last one serves all later stages, where weights are tied."""
+        """The layer of a stage: the last one for all later stages, if weights are tied."""
         return layers[min(stage, len(layers) - 1)]

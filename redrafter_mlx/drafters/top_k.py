@@ -1,7 +1,6 @@
 """The largest entries of a vocabulary-sized vector without sorting it.
 
-On Metal `mx.topk` and `mx.argpartition` sort the whole vector (mlx/backend/metal/sort.cpp directs partition
-to sort).
+On Metal `mx.topk` and `mx.argpartition` sort the whole vector (in mlx/backend/metal/sort.cpp, partition calls sort).
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import mlx.core as mx
 def top_k(x: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """The k largest entries of x (V,), largest first, and their int32 indices.
 
-    The k largest entries lie in the k chunks of largest maximum, so only chunk maxima and those chunks are
-    sorted.
+    x is cut into chunks. The k largest entries lie in the k chunks with the largest maxima, so that only the maxima and
+    those chunks are sorted.
     """
     size = x.shape[0]
     if k == 1:

@@ -20,8 +20,27 @@ STRETCHED = ("linear", "yarn", "deepseek_yarn", "telechat3-yarn", "dynamic", "nt
 """Scalings by whose factor a model reads more positions than it was first trained for."""
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+OPTIONAL_SIZES = (
+    "head_dim",
+    "num_key_value_heads",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "sliding_window",
+)
+"""Sizes that may be null, or 0 where there is no such thing."""
+
 LARGEST = 1 << 24
 """Bound on any size: nothing is built before it is compared with the tensors."""
+
+EPSILONS = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_eps",
+    "norm_epsilon",
+    "layernorm_epsilon",
+)
+"""What families call the number that a normalization adds before its square root."""
 
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
@@ -37,7 +56,11 @@ def normalize_config(config: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has no model_type, which says what kind of model it is")
     out = dict(config)
     inner = out.get("text_config")
-    if isinstance(inner, dict):
+    if inner is None:
+        out.pop("text_config", None)
+    elif not isinstance(inner, dict):
+        raise ValueError(f"{where}: text_config must be an object, not {str(inner)[:40]!r}")
+    else:
         out["text_config"] = _normalized_part(inner, str(inner.get("model_type", out["model_type"])), where)
     return _normalized_part(out, out["model_type"], where)
 
@@ -67,14 +90,40 @@ def _check_values(config: dict[str, Any], where: str) -> None:
         value = config.get(key, 1)
         if type(value) is not int or not 0 < value <= LARGEST:
             raise ValueError(f"{where}: {key} must be an integer from 1 to {LARGEST}, not {str(value)[:40]}")
+    for key in OPTIONAL_SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value <= LARGEST):
+            raise ValueError(
+                f"{where}: {key} must be an integer from 0 to {LARGEST}, not {str(value)[:40]!r}"
+            )
     for key in LENGTH_KEYS:
         value = config.get(key, 1)
         if type(value) is not int or value < 1:
             hint = "; leave the key out where no limit is known" if value is None else ""
             raise ValueError(f"{where}: {key} must be a positive integer, not {str(value)[:40]}{hint}")
-    theta = config.get("rope_theta", 1.0)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
-        raise ValueError(f"{where}: rope_theta must be a positive number, not {str(theta)[:40]}")
+    if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
+        raise ValueError(f"{where}: tie_word_embeddings must be true or false, not {str(tied)[:40]!r}")
+    check_token_ids(config, where)
+    _check_numbers(config, where)
+
+
+def _check_numbers(config: dict[str, Any], where: str) -> None:
+    """Check the numbers that the layers compute with.
+
+    Raises:
+        ValueError: one that is none, or with which a model computes nothing useful, by its key.
+    """
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    for key in EPSILONS:
+        value = config.get(key)
+        if value is not None and not (is_number(value) and 0 <= value < 1):
+            raise ValueError(f"{where}: {key} must be a number from 0 to 1, not {str(value)[:40]!r}")
+    theta = config.get("rope_theta", 1e4)
+    if not (is_number(theta) and 1 < theta < 1e30):
+        raise ValueError(f"{where}: rope_theta must be a number greater than 1, not {str(theta)[:40]!r}")
 
 
 def _flatten(out: dict[str, Any], given: dict[str, Any], model_type: str, where: str) -> None:
@@ -176,6 +225,22 @@ def eos_token_ids(*configs: dict[str, Any]) -> frozenset[int]:
             values = value if isinstance(value, list) else [value]
             found.update(each for each in values if isinstance(each, int) and not isinstance(each, bool))
     return frozenset(found)
+
+
+def check_token_ids(config: dict[str, Any], where: str) -> None:
+    """Check the ids of the end and the beginning of a text.
+
+    Raises:
+        ValueError: one that is neither a token's id, nor null, nor a list of ids.
+    """
+    for key in ("eos_token_id", "bos_token_id"):
+        value = config.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        wrong = next((each for each in values if type(each) is not int or not 0 <= each < 1 << 31), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{where}: {key} must be a token's id or a list of them, not {str(value)[:40]!r}"
+            )
 
 
 _SAID = "8b1f said"  # words that no template writes by itself

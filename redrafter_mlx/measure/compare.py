@@ -1,7 +1,7 @@
-"""Measuring generation fairly: every arm on every prompt in turn, in one process, on the same weights.
+"""Comparing ways to generate: every arm on every prompt in turn, in one process, with the same weights.
 
-An arm is a way to generate; its runs differ in nothing else. The order of the arms rotates from prompt to prompt, so
-that a machine that slows down slows all of them alike.
+An arm is one way to generate; nothing else differs between arms. The order of the arms rotates from prompt to prompt,
+so that a machine that slows down slows all of them alike.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Comparison:
     runs: dict[str, list[Run]] = field(default_factory=dict)
 
     def rate(self, arm: str) -> tuple[float, float, float]:
-        """Tokens per second over the prompts: first quartile, median, third quartile."""
+        """Tokens per second of a prompt: first quartile, median, third quartile."""
         return quartiles([run.tokens_per_second for run in self.runs[arm]])
 
     def ratio(self, arm: str, base: str, category: str | None = None) -> tuple[float, float, float]:
@@ -136,17 +136,17 @@ def compare(
 
 
 def spread(requests: Sequence[Request], limit: int | None) -> list[Request]:
-    """At most `limit` requests, evenly over the file, so that every category stays present."""
+    """At most `limit` requests, taken evenly from the whole list, so that every category is kept."""
     if limit is None or limit >= len(requests):
         return list(requests)
     return [requests[index * len(requests) // limit] for index in range(limit)]
 
 
 def encoded(model: Model, requests: Sequence[Request], context: int | None) -> list[list[int]]:
-    """Token ids of every prompt, with a `context` about so many: other prompts' text then goes before its last message.
+    """Token ids of every prompt, lengthened to about `context` tokens by other prompts' text before its last message.
 
     Raises:
-        ValueError: lengthening without a tokenizer.
+        ValueError: `context` is given and the model has no tokenizer.
     """
     prompts = [encode(model, request.prompt) for request in requests]
     if context is None:

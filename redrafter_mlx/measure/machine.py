@@ -12,7 +12,7 @@ from redrafter_mlx.device import device_name, on_gpu
 
 
 def machine() -> dict[str, Any]:
-    """What every figure has to name, as JSON values."""
+    """Device, chip, system, versions and commit, as JSON values."""
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
     return {
         "device": "gpu" if on_gpu() else "cpu",

@@ -1,4 +1,4 @@
-"""What costs and acceptance imply: the speed-up of every shape without running it."""
+"""Predicting the speed-up of every shape of draft from measured costs and acceptance, without running it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MAX_WIDE_NODES = 32
 
 @dataclass(frozen=True, slots=True)
 class SearchSample:
-    """What wide searches found on real text: per step the path log-probabilities, and what was accepted."""
+    """Wide searches on real text: the log-probabilities of their paths, and how often they were accepted."""
 
     logprobs: list[np.ndarray]
     """(L-1, W) per step"""
     trust: np.ndarray
-    """(L-1,) accepted per predicted, by depth"""
+    """(L-1,) accepted nodes / predicted ones, by depth"""
     tokens_per_step: float
 
 
@@ -68,7 +68,7 @@ def wide_searches(model: Model, prompts: Sequence[list[int]], max_tokens: int) -
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Speed-up over plain decoding that costs and acceptance imply."""
+    """Predicted speed-ups over plain decoding."""
 
     by_shape: dict[str, float]
     by_nodes: dict[str, float]

@@ -1,4 +1,4 @@
-"""A decode step taken apart: seconds by stage, operations, bytes."""
+"""Profiling a decode step: milliseconds of each stage, operations, bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STAGES = ("draft", "verify", "accept", "keep", "host")
 
 
 class _TimedText(Text):
-    """A text that waits after each stage and adds up the seconds. Slower than a real one, by design."""
+    """A text that waits after each stage to time it, and is therefore slower than a real one."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -28,7 +28,7 @@ class _TimedText(Text):
         self._since = time.perf_counter()
 
     def end(self, stage: str, arrays: Sequence[mx.array]) -> None:
-        """Wait for what a stage has queued; its building counts as the host's."""
+        """Wait for what a stage has queued; the time to build its graph counts as the host's."""
         built = time.perf_counter()
         mx.eval(arrays)
         now = time.perf_counter()
@@ -36,9 +36,9 @@ class _TimedText(Text):
         self.seconds[stage] += now - built
         self._since = now
 
-    def queue_draft(self, position: mx.array, low: int, slack: int = 0) -> None:
+    def queue_draft(self, position: mx.array, low: int, slack: int = 0, unread: int = 0) -> None:
         self.end("accept", [*self.output, self.root, self.context])
-        super().queue_draft(position, low, slack)
+        super().queue_draft(position, low, slack, unread)
         self.end("draft", self.draft_output)
 
     def keep(self, path: list[int]) -> None:
@@ -49,7 +49,7 @@ class _TimedText(Text):
 def profile(
     model: Model, prompt: list[int], draft: str, max_tokens: int, sampling: Sampling
 ) -> dict[str, float]:
-    """Milliseconds per step by stage. Stages are timed apart, so their sum exceeds a real step's time."""
+    """Milliseconds per step of each stage. Stages do not overlap here, so that their sum exceeds a real step."""
     target, cache = model.target, model.target.new_cache()
     cache.reserve(len(prompt) + max_tokens + MAX_NODES)
     policy = make_policy(model, draft, sampling.is_greedy)
@@ -66,7 +66,7 @@ def profile(
 
 
 def ops_per_step(model: Model, prompt: list[int], draft: str, sampling: Sampling) -> int:
-    """Operations in the lazy graph of one decode step, as `mx.export_to_dot` lists them."""
+    """Number of operations in the lazy graph of one decode step, as `mx.export_to_dot` lists them."""
     target, cache = model.target, model.target.new_cache()
     policy = make_policy(model, draft, sampling.is_greedy)
     text = Text(target, model.drafter, cache, policy, sampling, prompt, max_tokens=1)  # none launched ahead

@@ -1,6 +1,7 @@
-"""The model whose text must not change: any mlx-lm model, made ready to verify a token tree.
+"""The model whose text must not change: any mlx-lm model, made ready to verify drafts.
 
-Its hidden states (`capture`), KV cache (`cache`), rope (`rope`) and output rows (`rows`).
+Its parts (`capture`), what its layers keep (`cache`, `keys_values`, `recurrent`), where rows stand (`positions`,
+`rope`), what it can verify (`check`) and its output rows (`rows`).
 """
 
 from .target import Target as Target

@@ -1,4 +1,4 @@
-"""Rows of a target's output embedding as the model keeps them, for drafters that end with them."""
+"""Quantized rows of a target's output embedding, for drafters whose head they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """Quantized rows of an output embedding: a product with them reads a quarter or half of the bytes."""
+    """Rows of an output embedding (n, H) as `mx.quantize` stores them: packed weights, scales and biases."""
 
     weight: mx.array
     scales: mx.array
@@ -20,16 +20,16 @@ class QuantizedRows:
     mode: str
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(..., H) -> (..., n)"""
+        """x (..., H) times the transposed rows -> (..., n)"""
         return mx.quantized_matmul(x, self.weight, self.scales, self.biases, transpose=True, **self._format())
 
     def dense(self) -> mx.array:
-        """(n, H)"""
+        """The rows dequantized, (n, H)"""
         return mx.dequantize(self.weight, self.scales, self.biases, **self._format())
 
     @property
     def nbytes(self) -> int:
-        """Bytes that one product reads."""
+        """Bytes that one multiplication reads."""
         return sum(part.nbytes for part in (self.weight, self.scales, self.biases) if part is not None)
 
     def _format(self) -> dict[str, Any]:

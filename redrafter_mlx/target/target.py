@@ -1,9 +1,9 @@
 """Any mlx-lm model as the target: a token tree in, contexts and logits out.
 
 The model's own code runs, so its scaling, soft-capping and head stay in force. What is attached to the loaded instance:
-its inner model and chosen layers note their outputs (`capture`), every `rope` also takes a position per row (`rope`),
-and on a CPU its linear layers, SwiGLU and attention take faster forms (`redrafter_mlx.kernels`). mlx-lm itself and
-other models of the process are left alone.
+what gives its hidden states notes them (`capture`), whatever computes with positions learns where the rows of a tree
+stand (`positions`), recurrent layers note what they read (`recurrent`), and on a CPU its linear layers, SwiGLU and
+attention take faster forms (`redrafter_mlx.kernels`). mlx-lm itself and other models of the process are left alone.
 
 Letters: N rows, H hidden size, C context size, V vocabulary.
 """
@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
-from redrafter_mlx.kernels import optimize_target, shared_rotations
-from redrafter_mlx.tree import TokenTree, ancestor_mask, chain
+from redrafter_mlx.kernels import optimize_target
+from redrafter_mlx.tree import TokenTree
 
 from . import capture
 from .cache import KVCache, check_bits, group_size_of
-from .rope import TreeRope
+from .check import Drafts, check_drafts
+from .positions import Positions
+from .recurrent import Recorder
 from .rows import QuantizedRows
 
 
@@ -33,6 +36,8 @@ class Verified:
     """(N, C): final-norm hidden state, then the `context_layers`, RMS-normalized"""
     logits: mx.array
     """(N, V)"""
+    run: mx.array | None = None
+    """(n, C) contexts of all rows of a run of text, where the others are of its last row"""
 
 
 class Target:
@@ -55,22 +60,39 @@ class Target:
         self._notes: dict[int, mx.array] = {}
         self._noted: set[int] = set()
         self._kv_group_size: int | None = None  # of a quantized KV cache
-        self._inner = capture.inner_model(model)
-        self._layers: Sequence[nn.Module] = model.layers
-        self.embedding: nn.Module = capture.input_embedding(self._inner)
-        capture.note_output(self._inner, self._notes, capture.FINAL)
-        rotations = shared_rotations()
-        for module in model.modules():
-            if isinstance(module.get("rope"), nn.Module) and not isinstance(module.rope, TreeRope):
-                module.rope = TreeRope(module.rope, rotations)
         optimize_target(model)
-        self.embedding_scale, logits = capture.probe(model, self._layers[0], self.embedding)
-        if not mx.all(mx.isfinite(logits)).item():
+        parts = capture.find_parts(model)
+        self._layers: Sequence[nn.Module] = model.layers
+        self.embedding, self.embedding_scale = parts.embedding, parts.embedding_scale
+        self._head, self._is_tied = parts.head, parts.is_tied
+        impossible = parts.logits == -mx.inf  # a token that the model rules out
+        is_number = mx.isfinite(parts.logits) | (impossible & ~mx.all(impossible, axis=-1, keepdims=True))
+        if not mx.all(is_number).item():
             raise ValueError(
                 f"{name} computes logits that are not finite: its weights are damaged or overflow"
             )
-        hidden = self._notes[capture.FINAL]
-        self.hidden_size, self.vocab_size, self.dtype = hidden.shape[-1], logits.shape[-1], hidden.dtype
+        self._sees_beyond_window = parts.sees_beyond_window
+        self._positions = Positions.of(model)
+        self._recorder = Recorder.of(model, parts.recurrent)
+        capture.note_output(parts.final, self._notes, capture.FINAL)
+        self.hidden_size, self.vocab_size = parts.hidden.shape[-1], parts.logits.shape[-1]
+        self.dtype = parts.hidden.dtype
+        self.drafts = Drafts.of(KVCache.of(model))
+        """what may be verified; see `check_drafts`"""
+
+    @property
+    def branches(self) -> bool:
+        """True where token trees can be verified; False: chains only, or no drafts at all."""
+        return self.drafts.branches
+
+    @property
+    def depends_on_cut(self) -> bool:
+        """True where what a row computes depends on the rows that it is processed with.
+
+        A prompt must then be cut as mlx-lm cuts it, its last token alone, and a turn cannot go on with the cache of
+        the one before.
+        """
+        return self._sees_beyond_window or not self.drafts.chains
 
     def watch(self, layers: Sequence[int]) -> None:
         """Have the outputs of these layers (from 0) join the context.
@@ -97,30 +119,48 @@ class Target:
         """An empty KV cache for this model; `bits` quantizes keys and values.
 
         Raises:
-            ValueError: the model keeps something else than keys and values, or `bits` does not suit it.
+            ValueError: `bits` does not suit the model.
         """
         if bits is None:
-            return KVCache.of(self.model)
-        check_bits(bits)
-        if self._kv_group_size is None:  # the model runs for it, so once
-            self._kv_group_size = group_size_of(self.model)
-        return KVCache.of(self.model, bits, self._kv_group_size)
+            cache = KVCache.of(self.model)
+        else:
+            check_bits(bits)
+            if self._kv_group_size is None:  # the model runs for it, so once
+                self._kv_group_size = group_size_of(self.model, self._try)
+            cache = KVCache.of(self.model, bits, self._kv_group_size)
+        cache.recorder = self._recorder
+        return cache
+
+    def _try(self, cache: KVCache) -> None:
+        """Run some rows, and then one, on `cache`."""
+        for rows in (2, 1):
+            cache.begin(None)
+            mx.eval(self.model(mx.arange(rows)[None], cache=cache.layers))
+            cache.commit(rows)
 
     def verify_all(self, trees: Sequence[TokenTree], caches: Sequence[KVCache]) -> list[Verified]:
         """`verify` for several texts."""
         return [self.verify(tree, cache) for tree, cache in zip(trees, caches, strict=True)]
 
     def verify(self, tree: TokenTree, cache: KVCache) -> Verified:
-        """One forward over the tree's N nodes; their keys and values wait in `cache` for `keep`."""
+        """One forward over the tree's N nodes; what the layers keep of them waits in `cache` for `keep`.
+
+        Raises:
+            ValueError: a tree for a model that takes chains only.
+        """
+        if not (tree.is_chain or self.branches):
+            raise ValueError(f"{self.name} verifies chains, not trees: {self.drafts.reason}")
         cache.begin(tree)
-        logits = self.model(tree.tokens[None], cache=cache.layers)[0]
+        with self._positions.under(tree), self._recorder.into(cache.records):
+            logits = self.model(tree.tokens[None], cache=cache.layers)[0]
         return Verified(self._contexts()[0], logits)
 
     def extend(self, tokens: mx.array, cache: KVCache) -> Verified:
-        """One forward over a run of text (n,), which is committed; results of its last row only, (1, ...)."""
+        """One forward over a run of text (n,), which is committed; results of its last row, (1, ...), and `run`."""
         cache.begin(None)
         logits = self.model(tokens[None], cache=cache.layers)[0, -1:]
-        verified = Verified(self._contexts()[0, -1:], logits)
+        contexts = self._contexts()[0]
+        verified = Verified(contexts[-1:], logits, contexts)
         cache.commit(tokens.shape[0])
         return verified
 
@@ -130,9 +170,11 @@ class Target:
         return logits, self._contexts()
 
     def contexts(self, tokens: mx.array) -> mx.array:
-        """Context of every position of a batch of texts, no cache. (B, T) int -> (B, T, C)."""
-        self._inner(tokens)
-        return self._contexts()
+        """Context of every position of a batch of texts. (B, T) int -> (B, T, C)."""
+        made = make_prompt_cache(self.model)
+        # Where layers share keys and values, mlx-lm computes something else without a cache.
+        self.model(tokens, cache=made if len(made) != len(self._layers) else None)
+        return self._contexts()  # the logits are never computed
 
     def _contexts(self) -> mx.array:
         final = self._notes[capture.FINAL]
@@ -149,19 +191,23 @@ class Target:
     @property
     def has_own_head(self) -> bool:
         """False where the output head is the input embedding (tied)."""
-        return capture.output_head(self.model) is not None
+        return not self._is_tied
 
     def output_rows(self, tokens: mx.array | None = None) -> mx.array:
-        """Rows of the output embedding, (n, H) in the model's dtype; all of them without `tokens`."""
+        """Rows of the output embedding, (n, H) in the model's dtype; all of them without `tokens`.
+
+        Raises:
+            ValueError: the model makes its logits in another way than by a linear layer or its input embedding.
+        """
         quantized = self.quantized_rows(tokens)
         if quantized is not None:
             return quantized.dense().astype(self.dtype)
-        rows = (capture.output_head(self.model) or self.embedding).weight
+        rows = self._output_head().weight
         return (rows if tokens is None else rows[tokens]).astype(self.dtype)
 
     def quantized_rows(self, tokens: mx.array | None = None) -> QuantizedRows | None:
         """The same as the model keeps them, where it is quantized; None where it is not."""
-        head = capture.output_head(self.model) or self.embedding
+        head = self._output_head()
         if head.get("scales") is None:
             return None
         rows = slice(None) if tokens is None else tokens
@@ -169,35 +215,17 @@ class Target:
         mode = getattr(head, "mode", "affine")
         return QuantizedRows(head.weight[rows], head.scales[rows], biases, head.group_size, head.bits, mode)
 
-    def check_tree(self) -> None:
-        """Verify a small tree and compare it with plain decoding of its paths.
-
-        Raises:
-            ValueError: the model derives more from the row order than its rope, so trees would be wrong.
-        """
-        tokens = mx.array([1, 2, 3, 4, 5], dtype=mx.int32) % self.vocab_size
-        parents = mx.array([0, 0, 0, 2, 1], dtype=mx.int32)
-        depth = mx.array([0, 1, 1, 2, 2], dtype=mx.int32)
-        tree = TokenTree(tokens, parents, depth, ancestor_mask(parents, 2), 2)
-        prompt = mx.arange(3, dtype=mx.int32) % self.vocab_size
-        cache = self.new_cache()
-        self.extend(prompt, cache)
-        try:
-            got = self.verify(tree, cache).logits.astype(mx.float32)
-        except (ValueError, TypeError, RuntimeError) as error:
+    def _output_head(self) -> nn.Module:
+        head = self.embedding if self._is_tied else self._head
+        if head is None:
             raise ValueError(
-                f"{self.name} ({type(self.model).__module__}) cannot verify a token tree: it takes no position per row "
-                f"({error}). Load it without a drafter: drafter='none' (--drafter none)"
-            ) from None
-        for path in ([0, 1, 4], [0, 2, 3]):
-            cache = self.new_cache()
-            self.extend(prompt, cache)
-            rows = mx.array(path)
-            want = self.verify(chain(tokens[rows]), cache).logits.astype(mx.float32)
-            difference = float(mx.abs(got[rows] - want).max())
-            spread = float(want.std())
-            if not difference <= 0.05 * spread + 1e-3:
-                raise ValueError(
-                    f"{self.name} ({type(self.model).__module__}) cannot verify a token tree: logits differ by "
-                    f"{difference:.3g} from plain decoding. Load it without a drafter: drafter='none' (--drafter none)"
-                )
+                f"{self.name} ({type(self.model).__module__}) has no output head whose rows could be taken"
+            )
+        return head
+
+    def check_tree(self) -> None:
+        """Verify small trees and chains, near a text's beginning and far into it, and compare them with plain decoding.
+
+        What does not agree is not verified from then on (`drafts`); a warning says so.
+        """
+        self.drafts = check_drafts(self)

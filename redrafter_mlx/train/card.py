@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 from redrafter_mlx.drafters.recurrent import DrafterConfig
 
+QUESTION = "Why is the sky blue?"
 
-def card(config: DrafterConfig, record: dict[str, Any]) -> str:
+
+def model_argument(model: str) -> str:
+    """What `--model` takes from anywhere: a local file or folder by its whole path, anything else as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
+
+
+def command(model: str, drafter: str) -> str:
+    """The command line that uses a drafter.
+
+    Args:
+        model: see `model_argument`.
+        drafter: its folder, or its id on Hugging Face.
+    """
+    words = ["redrafter", "generate", "--model", model, "--drafter", drafter, QUESTION]
+    return shlex.join(words)
+
+
+def card(config: DrafterConfig, model: str, drafter: str) -> str:
     """Markdown naming target, shape, data and the last validation.
 
     Args:
-        record: a line of metrics.jsonl.
+        config: of a drafter that a `Trainer` saved.
+        model, drafter: see `command`.
     """
     training = config.training
     objective = training.get("objective", {})
@@ -22,20 +44,17 @@ def card(config: DrafterConfig, record: dict[str, Any]) -> str:
         f"{config.head} head over {config.draft_vocab} tokens",
         f"context layers {list(config.context_layers) or 'none'}",
     ]
-    by_depth = ", ".join(f"{share:.3f}" for share in record["acceptance"])
     rows = {
         "target": f"{name}, hidden size {config.hidden_size}, {config.vocab_size} tokens",
         "shape": ", ".join(shape),
+        "weights": _weights(config),
         "data": f"{training.get('positions')} positions of text the target wrote itself, "
         f"of which the head's vocabulary covers {training.get('vocabulary_coverage', 1):.1%}",
-        "objective": f"{objective.get('depths')} tokens ahead, "
-        f"soft targets {objective.get('soft')}, depth decay {objective.get('decay')}",
-        "training": f"step {record['step']} of {record['steps']}, {training.get('epochs')} epochs, "
+        "objective": _objective(objective),
+        "training": f"step {training.get('step')} of {training.get('steps')}, {training.get('epochs')} epochs, "
         f"AdamW, learning rate {training.get('learning_rate')}, seed {training.get('seed')}",
-        f"held out, one beam of {objective.get('depths', 0) + 1} (root included)": (
-            f"{record['tokens_per_step']:.3f} tokens per step over {record['held_out_steps']} "
-            f"decode steps; accepted at least up to each depth: {by_depth}"
-        ),
+        f"held out, one beam of {objective.get('depths', 0) + 1} (root included)": _held_out(training),
+        "license": "that of the target, whose output rows it uses and whose text it was trained on",
     }
     for number, run in enumerate(training.get("earlier", []), 1):
         rows[f"before that, run {number}"] = (
@@ -44,9 +63,39 @@ def card(config: DrafterConfig, record: dict[str, Any]) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""# Recurrent drafter for {name}
 
-Made by `redrafter train`. Use it with `redrafter generate --model {name} --drafter <this folder>`.
+Made by `redrafter train`. Use it with
+
+```sh
+{command(model, drafter)}
+```
 
 | | |
 |---|---|
 {table}
 """
+
+
+def _weights(config: DrafterConfig) -> str:
+    if config.quantization:
+        return f"quantized to {config.quantization['bits']} bits in groups of {config.quantization['group_size']}"
+    return "float16" if config.calibration else "float32, as trained: the folder float16 is the one to use"
+
+
+def _objective(objective: dict[str, Any]) -> str:
+    words = [f"{objective.get('depths')} tokens ahead"]
+    loss = objective.get("loss", "kl")
+    words.append(f"soft targets {objective.get('soft')}" if loss == "kl" else f"loss {loss}")
+    if objective.get("depth_weights", "decay") == "decay":
+        words.append(f"depth decay {objective.get('decay')}")
+        words += [f"reach {objective['reach']}"] if objective.get("reach") else []
+    else:
+        words.append(f"depth weights {objective['depth_weights']}")
+    return ", ".join(words)
+
+
+def _held_out(training: dict[str, Any]) -> str:
+    by_depth = ", ".join(f"{share:.3f}" for share in training.get("acceptance", []))
+    return (
+        f"{training.get('held_out_tokens_per_step', 0):.3f} tokens per step over {training.get('held_out_steps')} "
+        f"decode steps; accepted at least up to each depth: {by_depth or 'not measured'}"
+    )

@@ -12,15 +12,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .data import contexts_path, list_shards
 from .loss import Batch
 from .prompts import is_held_out
+from .shards import list_shards, read_shard
 
 HELD_OUT_EVERY = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
+    """One shard, ready to train on."""
+
+    path: Path
     contexts: np.ndarray
     """(n, C) float16, mapped"""
     tokens: np.ndarray
@@ -34,21 +37,21 @@ class Shard:
 
     @classmethod
     def load(cls, path: Path) -> Shard:
-        contexts = np.load(contexts_path(path), mmap_mode="r")
-        with np.load(path) as data:
-            tokens, starts, temperatures = data["tokens"], data["starts"], data["temperatures"]
-            held = np.array([is_held_out(str(text), HELD_OUT_EVERY) for text in data["prompts"]])
-        if len(contexts) != len(tokens):
-            raise ValueError(
-                f"{path} has {len(tokens)} tokens, but {len(contexts)} contexts; delete both files"
-            )
+        """Read a shard.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        text, contexts = read_shard(path)
+        tokens, starts = text.tokens, text.starts
+        held = np.array([is_held_out(prompt, HELD_OUT_EVERY) for prompt in text.prompts])
         lengths = np.diff(starts)
         ends = np.repeat(starts[1:], lengths)
         positions = np.arange(len(tokens))
         left = (ends - positions - 1).astype(np.int32)
         training = positions[np.repeat(~held, lengths)]
-        held_out = positions[np.repeat(held & (temperatures == 0), lengths)]
-        return cls(contexts, tokens, left, training, held_out)
+        held_out = positions[np.repeat(held & (text.temperatures == 0), lengths)]
+        return cls(path, contexts, tokens, left, training, held_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +67,23 @@ class WindowShape:
 
 
 class Corpus:
-    """All shards of some folders.
+    """Some shards.
 
     Args:
-        folders: each filled by `redrafter_mlx.train.data`.
+        sources: shards, or folders of them, as `redrafter_mlx.train.data` fills them.
         limit: use about this many training positions only, the first ones of every shard.
 
     Raises:
-        ValueError: no data, or shards whose contexts differ in size.
+        ValueError: no data, a damaged shard, or shards whose contexts differ in size.
     """
 
-    def __init__(self, folders: Sequence[Path], limit: int | None = None) -> None:
-        self.shards = [Shard.load(path) for folder in folders for path in list_shards(folder)]
-        if not self.shards:
-            raise ValueError(f"no complete shard in {', '.join(map(str, folders))}")
+    def __init__(self, sources: Sequence[Path], limit: int | None = None) -> None:
+        paths = [
+            path for source in sources for path in (list_shards(source) if source.is_dir() else [source])
+        ]
+        if not paths:
+            raise ValueError(f"no complete shard in {', '.join(map(str, sources)) or 'the data'}")
+        self.shards = [Shard.load(path) for path in paths]
         sizes = {shard.contexts.shape[1] for shard in self.shards}
         if len(sizes) > 1:
             raise ValueError(f"the shards' contexts must have one size, but have {sorted(sizes)}")
@@ -89,8 +95,6 @@ class Corpus:
             kept = [len(positions) * limit // total for positions in self._training]
             self._training = [p[:n] for p, n in zip(self._training, kept, strict=True)]
         self.num_positions = sum(map(len, self._training))
-        if not self.num_positions:
-            raise ValueError("the shards hold no position to train on; write more answers")
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """How often each token occurs in the text trained on, (vocab_size,)."""
@@ -108,8 +112,27 @@ class Corpus:
 
     def num_batches(self, shape: WindowShape) -> int:
         """Batches in an epoch, the same for all epochs."""
-        windows = sum(max(0, len(p) - shape.size) // shape.size for p in self._training)
-        return max(1, windows // shape.windows)
+        return self._num_windows(shape) // shape.windows
+
+    def _num_windows(self, shape: WindowShape) -> int:
+        """Windows that every epoch has, wherever the first one begins."""
+        return sum(max(0, len(p) - shape.size) // shape.size for p in self._training)
+
+    def check_enough(self, shape: WindowShape) -> None:
+        """Check that the text fills a batch.
+
+        Raises:
+            ValueError: it does not; how much there is, and how much is needed.
+        """
+        needed = shape.windows * shape.size
+        if self._num_windows(shape) < shape.windows:
+            held = sum(len(s.tokens) for s in self.shards) - sum(len(s.training) for s in self.shards)
+            raise ValueError(
+                f"there is too little text to train on: {self.num_positions} tokens in {len(self.shards)} shards "
+                f"(and {held} held out), and one batch takes {needed} in windows of {shape.size} (--batch). Ask for "
+                f"more or longer answers: at least {needed + 2 * shape.size * len(self.shards)} tokens, and "
+                "100,000 for a drafter that helps"
+            )
 
     def epoch(self, epoch: int, seed: int, shape: WindowShape, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch after the first `skip`. Every epoch has its own window offsets and order."""

@@ -1,183 +1,53 @@
-"""Self-distillation data: shards of text that the target generated, with the contexts it chose the tokens in.
+"""Self-distillation data: fills a folder with shards of text that the target writes, questions included.
 
-A shard is two files. `shard-00000.contexts.npy` (n, C) float16: the target's context (final-norm hidden state, then any
-`context_layers`) when it chose a token. `shard-00000.npz`: `tokens` (n,) int32, the token chosen in each context;
-`starts` (rows + 1,) int64, where each answer begins; `temperatures` (rows,); `prompts` (rows,) text. The .npz is saved
-last and under a temporary name, so a shard without it does not exist. A shard depends on nothing but the recipe, its
-index and the shards before it: an interrupted run continues where it stopped, with the same result.
+A shard depends on nothing but the recipe, its index and the shards before it: an interrupted run continues where it
+stopped, with the same result (up to how two orders of summation round). While a shard is being written, journals keep
+what there is of it (`begun-00000-questions-0.npz`, `begun-00000-answers.npz`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx.files import new_file, read_json
 from redrafter_mlx.target import Target
 
-from .generate import Answer, Row, generate_batch
+from .generate import Control, Row, generate_batch, states
+from .journal import Journal
 from .prompts import ChatFormat, Messages, PromptFilter, self_prompts, tokenize, user_text
+from .recipe import Recipe
+from .shards import SavedAnswers, ShardText, contexts_path, list_shards, read_shard, save_shard, shard_path
+from .tally import Tally
 
 _log = logging.getLogger("redrafter_mlx")
 
-RECIPE = "recipe.json"
-FORWARD_TOKENS = 4096  # in a forward that only computes contexts
-Progress = Callable[[int], None]
+ROUNDS = 4
+"""How often a target is asked for the questions of one shard, if too few of them can be used."""
+LOW_YIELD = 0.5
+"""Share of usable questions below which it is faster to give prompts."""
+
+
+def _ignore(_: Tally) -> None:
+    pass
+
+
+def _never(_: Tally) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How the text is generated. Kept beside the shards; a run with another recipe is refused."""
+class Watch:
+    """How the writing is watched and ended."""
 
-    target: str
-    """Name of the target."""
-    context_layers: tuple[int, ...] = ()
-    rows: int = 96
-    """Answers generated at the same time, and in a shard."""
-    max_tokens: int = 160
-    """Maximum tokens per answer."""
-    greedy: float = 0.6
-    """Share of answers at temperature 0; the temperature of the others is drawn from `temperatures`."""
-    temperatures: tuple[float, ...] = (0.6, 0.8, 1.0)
-    seed: int = 0
-    prompts: str = "self"
-    """"self", or a fingerprint of the prompts or the text given."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.greedy <= 1:
-            raise ValueError(f"greedy must be between 0 and 1, not {self.greedy}")
-        if not all(t > 0 for t in self.temperatures):
-            raise ValueError(f"temperatures must be positive, not {self.temperatures}")
-
-
-def shard_path(folder: Path, index: int) -> Path:
-    return folder / f"shard-{index:05d}.npz"
-
-
-def contexts_path(shard: Path) -> Path:
-    return shard.with_suffix(".contexts.npy")
-
-
-def save_shard(
-    shard: Path, prompts: Sequence[str], temperatures: Sequence[float], answers: Sequence[Answer]
-) -> int:
-    """Save one shard; returns its number of tokens."""
-    starts = np.cumsum([0, *(len(a.tokens) for a in answers)], dtype=np.int64)
-    contexts = np.stack([c for a in answers for c in a.contexts]).astype(np.float16)
-    with new_file(contexts_path(shard)) as path, path.open("wb") as file:
-        np.save(file, contexts)
-    with new_file(shard) as path, path.open("wb") as file:
-        np.savez(
-            file,
-            tokens=np.concatenate([a.tokens for a in answers]).astype(np.int32),
-            starts=starts,
-            temperatures=np.array(temperatures, dtype=np.float32),
-            prompts=np.array(list(prompts), dtype=np.str_),
-        )
-    return int(starts[-1])
-
-
-def list_shards(folder: Path) -> list[Path]:
-    """The complete shards of a folder, in order."""
-    return sorted(p for p in folder.glob("shard-*.npz") if contexts_path(p).is_file())
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Answers without their contexts: small enough to keep, and the contexts can be computed again.
-
-    Its file holds `tokens` (n,), `lengths` and `temperatures` (rows,), and `prompts` in UTF-8, separated by zero bytes.
-    """
-
-    prompts: list[str]
-    """One turn of a user each."""
-    temperatures: list[float]
-    answers: list[list[int]]
-
-    @classmethod
-    def load(cls, path: Path) -> Text:
-        """Read a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError, ValueError: no such file, or one that is damaged or of another kind.
-        """
-        if not path.is_file():
-            raise FileNotFoundError(f"--text: no file {path}")
-        try:
-            with np.load(path) as data:
-                prompts = bytes(data["prompts"]).decode().split("\0")
-                temperatures, lengths = data["temperatures"].astype(np.float32).tolist(), data["lengths"]
-                answers = np.split(data["tokens"].astype(np.int32), np.cumsum(lengths)[:-1])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"--text: {path} does not hold answers, or is cut short: {error}") from None
-        if not len(prompts) == len(temperatures) == len(answers):
-            raise ValueError(
-                f"--text: {path} must have as many prompts as temperatures and answers, "
-                f"not {len(prompts)}, {len(temperatures)} and {len(answers)}"
-            )
-        return cls(prompts, temperatures, [answer.tolist() for answer in answers])
-
-    @classmethod
-    def of(cls, folder: Path) -> Text:
-        """The text of a folder of shards."""
-        text = cls([], [], [])
-        for path in list_shards(folder):
-            with np.load(path) as data:
-                text.prompts.extend(map(str, data["prompts"]))
-                text.temperatures.extend(data["temperatures"].tolist())
-                text.answers.extend(a.tolist() for a in np.split(data["tokens"], data["starts"][1:-1]))
-        return text
-
-    def save(self, path: Path) -> None:
-        with new_file(path) as part, part.open("wb") as file:
-            np.savez_compressed(
-                file,
-                tokens=np.concatenate(self.answers).astype(np.int32),
-                lengths=np.array([len(answer) for answer in self.answers], dtype=np.int32),
-                temperatures=np.array(self.temperatures, dtype=np.float16),
-                prompts=np.frombuffer("\0".join(self.prompts).encode(), dtype=np.uint8),
-            )
-
-
-def states(
-    target: Target,
-    prompts: Sequence[list[int]],
-    answers: Sequence[list[int]],
-    on_step: Progress | None = None,
-) -> list[Answer]:
-    """Compute the contexts in which the target would have chosen the tokens of these answers, in large batches.
-
-    The rows of a batch have similar lengths and are padded behind their end, which a causal model does not see.
-    """
-    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    out = [Answer()] * len(order)
-    while order:
-        longest = lengths[order[-1]]
-        count = max(1, FORWARD_TOKENS // longest)
-        order, chosen = order[:-count], order[-count:]
-        rows = np.zeros((len(chosen), longest), dtype=np.int32)
-        for row, index in zip(rows, chosen, strict=True):
-            row[: lengths[index]] = prompts[index] + answers[index]
-        contexts = np.array(target.contexts(mx.array(rows)).astype(mx.float16))
-        for context, index in zip(contexts, chosen, strict=True):
-            begin = len(prompts[index]) - 1  # the state before an answer's first token is its prompt's last
-            own = context[begin : begin + len(answers[index])]
-            out[index] = Answer(list(answers[index]), list(own))
-        if on_step is not None:
-            on_step(sum(len(answers[index]) for index in chosen))
-    return out
+    on_step: Callable[[Tally], None] = _ignore
+    """Called after every step."""
+    is_over: Callable[[Tally], bool] = _never
+    """Asked after every step: True ends the writing there, and what there is is kept."""
 
 
 class Generator:
@@ -206,78 +76,89 @@ class Generator:
         self.budget = budget
         self.filter = PromptFilter(excluded)
         self.stop = frozenset(tokenizer.eos_token_ids)
+        self._hinted = False
         if recipe.prompts == "self":
             ChatFormat.of(tokenizer)
         target.watch(recipe.context_layers)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._check_recipe()
+        recipe.claim(folder)
 
-    def _check_recipe(self) -> None:
-        path = self.folder / RECIPE
-        mine = json.loads(json.dumps(asdict(self.recipe)))
-        if path.is_file():
-            theirs = read_json(path)
-            differing = [k for k in mine if mine[k] != theirs.get(k)]
-            if differing:
-                listed = ", ".join(f"{k} {theirs.get(k)!r} there, {mine[k]!r} now" for k in differing)
-                raise ValueError(f"{self.folder} holds data of another recipe: {listed}; use another folder")
-            return
-        with new_file(path) as part:
-            part.write_text(json.dumps(mine, indent=2) + "\n")
-
-    def run(self, num_answers: int, prompts: Sequence[Messages] = (), on_step: Progress | None = None) -> int:
-        """Generate shards until there are `num_answers` answers or `prompts`, if given, are used up. Returns the number
-        of tokens in all shards.
+    def run(
+        self, num_answers: int | None, prompts: Sequence[Messages] = (), watch: Watch | None = None
+    ) -> list[Path]:
+        """Write shards until there are `num_answers` answers (None: until `watch` ends it) or `prompts`, if given, are
+        used up. Returns the shards that make up so many answers; they are used whole.
         """
-        shards, rows, total = 0, self.recipe.rows, 0
+        watch = watch or Watch()
+        tally = Tally(num_answers, self.recipe.max_tokens, asks=not prompts)
+        used: list[Path] = []
         texts = iter(prompts)
-        while num_answers > 0:
-            shard = shard_path(self.folder, shards)
-            rng = np.random.default_rng([self.recipe.seed, shards])
-            wanted = min(rows, num_answers)
-            if shard in list_shards(self.folder):
-                with np.load(shard) as data:
-                    done = list(data["prompts"])
-                    total += int(data["starts"][-1])
-                if prompts:
-                    self._take(texts, wanted)
-                else:
-                    for text in done:
-                        self.filter.accepts(str(text))
-            else:
-                batch = []
-                if self._has_room():
-                    batch = self._take(texts, wanted) if prompts else self._invent(wanted, rng)
-                if not batch:
-                    break
-                total += self._answer(shard, batch, rng, on_step)
-            shards, num_answers = shards + 1, num_answers - wanted
-        return total
-
-    def run_text(self, text: Text, on_step: Progress | None = None) -> int:
-        """Save shards of answers that the target generated before; only their contexts are computed. A prompt may have
-        several answers, if they differ. Returns the number of tokens in all shards.
-        """
-        pairs = [(prompt, tuple(answer)) for prompt, answer in zip(text.prompts, text.answers, strict=True)]
-        first: dict[tuple[str, tuple[int, ...]], int] = {}
-        for index, pair in enumerate(pairs):
-            first.setdefault(pair, index)
-        kept = [index for (prompt, _), index in first.items() if not self.filter.excludes(prompt)]
-        total = 0
-        for shard, begin in enumerate(range(0, len(kept), self.recipe.rows)):
-            path = shard_path(self.folder, shard)
-            rows = kept[begin : begin + self.recipe.rows]
-            there = path in list_shards(self.folder)
-            if not there and not self._has_room():
+        while num_answers is None or tally.saved_answers < num_answers:
+            path = shard_path(self.folder, len(used))
+            there = self._existing(path)
+            if there is not None:
+                for text in there.prompts:
+                    self.filter.accepts(text)
+                tally.save(len(there.prompts), len(there.tokens))
+            elif watch.is_over(tally) or not self._has_room():
                 break
-            total += sum(len(text.answers[i]) for i in rows)
-            if there:
-                continue
-            prompts = [text.prompts[i] for i in rows]
-            asked = [tokenize(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-            written = states(self.target, asked, [text.answers[i] for i in rows], on_step)
-            save_shard(path, prompts, [text.temperatures[i] for i in rows], written)
-        return total
+            else:
+                rng = np.random.default_rng([self.recipe.seed, len(used)])
+                rows = self.recipe.rows
+                wanted = rows if num_answers is None else min(rows, num_answers - tally.saved_answers)
+                batch = (
+                    self._take(texts, wanted) if prompts else self._invent(path, wanted, rng, tally, watch)
+                )
+                if not batch or not self._answer(path, batch, rng, tally, watch):
+                    break
+            used.append(path)
+            watch.on_step(tally)
+        return used
+
+    def run_text(self, text: SavedAnswers, watch: Watch | None = None) -> list[Path]:
+        """Save shards of answers that the target generated before; only their contexts are computed. A prompt may have
+        several answers, if they differ. Returns the shards.
+        """
+        watch = watch or Watch()
+        kept = self._distinct(text)
+        tally = Tally(len(kept), self.recipe.max_tokens, asks=False)
+        used: list[Path] = []
+        for begin in range(0, len(kept), self.recipe.rows):
+            path = shard_path(self.folder, len(used))
+            rows = kept[begin : begin + self.recipe.rows]
+            answers = [text.tokens[i] for i in rows]
+            if self._existing(path) is None:
+                if watch.is_over(tally) or not self._has_room():
+                    break
+                prompts = [text.prompts[i] for i in rows]
+                asked = [tokenize(self.tokenizer, [{"role": "user", "content": p}]) for p in prompts]
+                tally.begin("states", len(rows))
+                control = _control(tally, watch)
+                written = states(self.target, asked, answers, control.on_step)
+                save_shard(path, prompts, [text.temperatures[i] for i in rows], written)
+            tally.save(len(rows), sum(map(len, answers)))
+            used.append(path)
+            watch.on_step(tally)
+        return used
+
+    def _distinct(self, text: SavedAnswers) -> list[int]:
+        """Which answers to use: the first of equal ones, and none to an excluded prompt."""
+        first: dict[tuple[str, tuple[int, ...]], int] = {}
+        for index, (prompt, answer) in enumerate(zip(text.prompts, text.tokens, strict=True)):
+            if answer:
+                first.setdefault((prompt, tuple(answer)), index)
+        return [index for (prompt, _), index in first.items() if not self.filter.excludes(prompt)]
+
+    def _existing(self, path: Path) -> ShardText | None:
+        """The text of a shard that is there and whole; a damaged one is removed, with a warning."""
+        if path not in list_shards(self.folder):
+            return None
+        try:
+            return read_shard(path)[0]
+        except ValueError as error:
+            _log.warning("%s; doing so", error)
+            path.unlink()
+            contexts_path(path).unlink(missing_ok=True)
+            return None
 
     def _has_room(self) -> bool:
         """False, with a warning, once the contexts on the disk have reached the budget."""
@@ -292,32 +173,68 @@ class Generator:
         )  # fmt: skip
         return False
 
-    def _take(self, prompts: Any, count: int) -> list[Messages]:
+    def _take(self, prompts: Iterable[Messages], count: int) -> list[Messages]:
+        """The next `count` prompts that can be used; what is too long for the target is left out, with a warning."""
         taken: list[Messages] = []
-        while len(taken) < count and (messages := next(prompts, None)) is not None:
-            if self.filter.accepts(user_text(messages)):
-                taken.append(messages)
+        most = self.target.max_length
+        for messages in prompts:
+            if not self.filter.accepts(user_text(messages)):
+                continue
+            length = len(tokenize(self.tokenizer, messages)) + self.recipe.max_tokens
+            if most is not None and length > most:
+                _log.warning(
+                    "left out: a prompt that with its answer may have %d tokens, more than the %d that %s is made for",
+                    length, most, self.target.name,
+                )  # fmt: skip
+                continue
+            taken.append(messages)
+            if len(taken) == count:
+                break
         return taken
 
-    def _invent(self, count: int, rng: np.random.Generator) -> list[Messages]:
-        """Have the target write prompts; fewer than `count` if it repeats itself."""
+    def _invent(
+        self, shard: Path, count: int, rng: np.random.Generator, tally: Tally, watch: Watch
+    ) -> list[Messages]:
+        """Have the target write `count` prompts; fewer if most of them cannot be used, or time is up."""
         texts: list[str] = []
-        for _ in range(4):
-            if len(texts) >= count:
-                break
-            asked = self_prompts(self.target, self.tokenizer, count + count // 4, rng)
+        asking = count + count // 4
+        for number in range(ROUNDS):
+            tally.begin("questions", asking)
+            control = _control(tally, watch, _journal(shard, f"questions-{number}"))
+            asked = self_prompts(self.target, self.tokenizer, asking, rng, control)
+            before = len(texts)
             for text in asked:  # unused ones are not remembered: a resumed run knows those written only
                 if len(texts) < count and self.filter.accepts(text):
                     texts.append(text)
+            usable = len(texts) - before
+            tally.end_questions(usable)
+            missing = count - len(texts)
+            if not missing or watch.is_over(tally):
+                break
+            share = max(usable / asking, 0.25)
+            asking = min(count + count // 4, int(1.25 * missing / share) + 1)
+        self._hint(tally)
         return [[{"role": "user", "content": text}] for text in texts]
+
+    def _hint(self, tally: Tally) -> None:
+        """Say once that a target asks badly."""
+        asked, usable = tally.finished_questions, tally.usable_questions
+        if not self._hinted and usable < LOW_YIELD * asked:
+            self._hinted = True
+            _log.warning(
+                "%s asks badly: of %d questions %d can be used. With --prompts FILE no time goes into questions",
+                self.target.name, asked, usable,
+            )  # fmt: skip
 
     def _answer(
         self,
         shard: Path,
         batch: Sequence[Messages],
         rng: np.random.Generator,
-        on_step: Progress | None,
-    ) -> int:
+        tally: Tally,
+        watch: Watch,
+    ) -> bool:
+        """Have the target answer, and save the shard. False if no answer has a token, time being up."""
         recipe = self.recipe
         drawn = [
             0.0 if rng.random() < recipe.greedy else float(rng.choice(recipe.temperatures)) for _ in batch
@@ -326,5 +243,34 @@ class Generator:
             Row(tuple(tokenize(self.tokenizer, messages)), recipe.max_tokens, temperature)
             for messages, temperature in zip(batch, drawn, strict=True)
         ]
-        answers = generate_batch(self.target, rows, self.stop, rng, on_step=on_step)
-        return save_shard(shard, [user_text(m) for m in batch], drawn, answers)
+        tally.begin("answers", len(rows))
+        control = _control(tally, watch, _journal(shard, "answers"))
+        answers = generate_batch(self.target, rows, self.stop, rng, control=control)
+        kept = [i for i, answer in enumerate(answers) if answer.tokens]
+        if not kept:
+            return False
+        prompts = [user_text(batch[i]) for i in kept]
+        tokens = save_shard(shard, prompts, [drawn[i] for i in kept], [answers[i] for i in kept])
+        tally.save(len(kept), tokens)
+        for journal in shard.parent.glob(f"{_begun(shard)}-*.npz"):
+            journal.unlink()
+        return True
+
+
+def _begun(shard: Path) -> str:
+    """How the names of a shard's journals begin."""
+    return shard.stem.replace("shard", "begun")
+
+
+def _journal(shard: Path, what: str) -> Journal:
+    return Journal(shard.with_name(f"{_begun(shard)}-{what}.npz"))
+
+
+def _control(tally: Tally, watch: Watch, journal: Journal | None = None) -> Control:
+    """A batch's control that counts its steps in the tally."""
+
+    def on_step(tokens: int, ended: int) -> None:
+        tally.step(tokens, ended)
+        watch.on_step(tally)
+
+    return Control(on_step, lambda: watch.is_over(tally), journal)

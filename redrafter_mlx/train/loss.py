@@ -2,8 +2,8 @@
 
 At a position j of a text the target has just chosen token a[j] (the root) from context c[j]. Depth i of the drafter is
 fed a[j] .. a[j+i] and guesses a[j+1+i]. Its teacher there is the target's own distribution, softmax(rows c[j+1+i]) over
-the drafter's vocabulary (soft targets), or the token itself (hard targets). All depths and positions are computed at
-once, teacher forced; logits exist for one block of rows at a time.
+the drafter's vocabulary (soft targets), or the token itself (hard targets); what a guess is worth against it is in
+`criteria`. All depths and positions are computed at once, teacher forced; logits exist for one block of rows at a time.
 
 Source: ReDrafter paper (arXiv 2403.09919) section 3.3, "local distillation"; the soft form is Hinton et al.,
 1503.02531.
@@ -14,18 +14,20 @@ vocabulary, M rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal
 
 import mlx.core as mx
 
 from redrafter_mlx.drafters.interface import Embed
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
-from redrafter_mlx.kernels import exponential, silu
+from redrafter_mlx.kernels import silu
+from redrafter_mlx.tree import MAX_NODES
 
-LOGIT_BYTES = 64 << 20
-"""Upper bound on a block of logits, in bytes."""
+from .criteria import LOSSES, Loss, frozen_head_kl, head_loss, softmax
+
+DepthWeights = Literal["decay", "dpace"]
+DEPTH_WEIGHTS: tuple[DepthWeights, ...] = ("decay", "dpace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +51,75 @@ class Objective:
     depths: int = 4
     """K = L - 1: tokens guessed at every position"""
     soft: float = 1.0
-    """Weight of the target's distribution; the rest is on the token itself."""
+    """With the loss `kl`: weight of the target's distribution; the rest is on the token itself."""
     decay: float = 0.8
     """Weight of a depth relative to the one before: a later guess counts only if the earlier ones were accepted."""
     reach: float = 0.0
     """A depth also weighs p^reach, p being the probability that the drafter itself gave to the tokens before it:
     1 trains each depth where the drafter's own guesses would get there, 0 everywhere alike."""
+    loss: Loss = "kl"
+    """What a guess is worth, see `criteria`."""
+    depth_weights: DepthWeights = "decay"
+    """What a depth weighs: "decay", by `decay` and `reach`; "dpace", by what it adds to the expected accepted length,
+    see `_dpace`."""
 
     def __post_init__(self) -> None:
-        if self.depths < 1:
-            raise ValueError(f"depths must be at least 1, not {self.depths}")
+        if not 1 <= self.depths < MAX_NODES:
+            raise ValueError(f"depths must be between 1 and {MAX_NODES - 1}, not {self.depths}")
         if not 0 <= self.soft <= 1:
             raise ValueError(f"soft must be between 0 and 1, not {self.soft}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be in (0, 1], not {self.decay}")
         if not 0 <= self.reach <= 1:
             raise ValueError(f"reach must be between 0 and 1, not {self.reach}")
+        for name, known in (("loss", LOSSES), ("depth_weights", DEPTH_WEIGHTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.loss != "kl" and self.soft != 1:
+            raise ValueError(f"soft {self.soft} is for the loss kl; {self.loss} has its own mixture")
+        if self.depth_weights == "dpace" and self.reach:
+            raise ValueError(f"reach {self.reach} is for the depth weights decay; dpace has its own")
 
-    def weights(self, batch: Batch) -> mx.array:
-        """(K, N, P): weight of every guess; they sum to 1, or to 0 if none counts."""
-        weights = self._raw_weights(batch)
-        total = weights.sum() if batch.weight_sum is None else batch.weight_sum
+    @classmethod
+    def parse(cls, length: int, soft: float, reach: float, loss: str, depth_weights: str) -> Objective:
+        """From the options of the command line, beam length `length` counting the root.
+
+        Raises:
+            ValueError: an option that cannot be.
+        """
+        if not 2 <= length <= MAX_NODES:
+            raise ValueError(f"--length counts the root and must be between 2 and {MAX_NODES}, not {length}")
+        found: Loss | None = next((name for name in LOSSES if name == loss), None)
+        weights: DepthWeights | None = next((name for name in DEPTH_WEIGHTS if name == depth_weights), None)
+        if found is None:
+            raise ValueError(f"--loss must be one of {', '.join(LOSSES)}, not {loss!r}")
+        if weights is None:
+            raise ValueError(
+                f"--depth-weights must be one of {', '.join(DEPTH_WEIGHTS)}, not {depth_weights!r}"
+            )
+        return cls(depths=length - 1, soft=soft, reach=reach, loss=found, depth_weights=weights)
+
+    @property
+    def needs_belief(self) -> bool:
+        """True if the weights depend on what the drafter believes."""
+        return bool(self.reach) or self.depth_weights == "dpace"
+
+    def weights(self, batch: Batch, belief: mx.array | None = None) -> mx.array:
+        """(K, N, P): weight of every guess. By `decay` alone they sum to 1, or to 0 if none counts.
+
+        Args:
+            belief: (K, N, P), the probability that the drafter gives to the token of the text; for `needs_belief`.
+        """
+        if self.depth_weights == "dpace":
+            assert belief is not None
+            weights = _dpace(batch, belief)
+        else:
+            weights = self._raw_weights(batch)
+            if self.reach:
+                assert belief is not None
+                reached = mx.cumprod(belief**self.reach, axis=0)
+                weights = weights * mx.concatenate([mx.ones_like(reached[:1]), reached[:-1]])
+        total = self._raw_weights(batch).sum() if batch.weight_sum is None else batch.weight_sum
         return weights / mx.maximum(total, 1e-6)
 
     def share(self, batch: Batch, rank: int, size: int) -> Batch:
@@ -79,8 +129,26 @@ class Objective:
         return Batch(batch.contexts[own], batch.tokens[own], batch.left[own], total)
 
     def _raw_weights(self, batch: Batch) -> mx.array:
+        """(K, N, P): weights by depth alone, before those that the drafter's belief decides."""
         depth = mx.arange(self.depths)[:, None, None]
-        return mx.where(batch.left[None] > depth, self.decay ** depth.astype(mx.float32), 0.0)
+        decay = self.decay if self.depth_weights == "decay" else 1.0
+        return mx.where(batch.left[None] > depth, decay ** depth.astype(mx.float32), 0.0)
+
+
+DPACE_FLOOR = 0.5
+
+
+def _dpace(batch: Batch, belief: mx.array) -> mx.array:
+    """Weights (K, N, P) of D-PACE (arXiv 2605.18810): depth i weighs the sum over j >= i of the product of b up to j.
+
+    That is the gradient of the expected accepted length, sum_j of the product of q_k up to j, by log q_i. For q the
+    drafter's own probability of the token of the text stands in, raised to b = 1/2 + q/2 because a drafter that
+    believes nothing yet would otherwise train its first depth alone.
+    """
+    depth = mx.arange(belief.shape[0])[:, None, None]
+    reached = mx.cumprod((1 - DPACE_FLOOR) * belief + DPACE_FLOOR, axis=0)
+    counted = mx.where(batch.left[None] > depth, reached, 0.0)
+    return mx.cumsum(counted, axis=0, reverse=True)
 
 
 def depth_features(drafter: RecurrentDrafter, batch: Batch, embed: Embed, depths: int) -> list[mx.array]:
@@ -106,104 +174,9 @@ def depth_features(drafter: RecurrentDrafter, batch: Batch, embed: Embed, depths
     return out
 
 
-def _softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """(M, V) -> probabilities (M, V) and log of the normalizer (M, 1)."""
-    top = logits.max(axis=-1, keepdims=True)
-    powers = exponential(logits - top)
-    total = powers.sum(axis=-1, keepdims=True)
-    return powers / total, top + mx.log(total)
-
-
 def teacher_probs(contexts: mx.array, rows: mx.array) -> mx.array:
     """The target's distribution over the drafter's vocabulary: (..., C or H) and rows (V, H) -> (..., V)."""
-    return _softmax(contexts[..., : rows.shape[1]] @ rows.T)[0]
-
-
-def _row_blocks(features: mx.array, matrix: mx.array) -> Iterator[tuple[slice, mx.array]]:
-    """Logits (m, V) = features @ matrix.T, one block of rows after another."""
-    block = max(1, LOGIT_BYTES // (4 * matrix.shape[0]))
-    for begin in range(0, features.shape[0], block):
-        part = slice(begin, begin + block)
-        yield part, features[part] @ matrix.T
-
-
-def _frozen_head(
-    features: mx.array, matrix: mx.array, expected: mx.array, mass: mx.array, weights: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Sum of weighted cross-entropies against a `matrix` that is not trained.
-
-    The teacher p enters through its mean row alone: the cross-entropy is sum(p) log Z - features @ (p @ matrix),
-    and its gradient by the features is sum(p) softmax @ matrix - p @ matrix. So no array as wide as the
-    vocabulary is needed for the teacher, which is the same at all depths.
-
-    Args:
-        features: (M, H).
-        matrix: (V, H), so that features @ matrix.T are the logits.
-        expected: (M, H), p @ matrix.
-        mass: (M, 1), sum of p: 1, or less where the token is not in the vocabulary.
-        weights: (M, 1).
-
-    Returns:
-        the loss; its gradient by `features`, computed here because the probabilities are at hand; and the logs of the
-        normalizers (M, 1), without a gradient.
-    """
-    losses, gradients, normalizers = [], [], []
-    ones = mx.ones((matrix.shape[0], 1))
-    for part, logits in _row_blocks(features, matrix):
-        top = logits.max(axis=-1, keepdims=True)
-        powers = exponential(logits - top)
-        total = powers @ ones  # a matrix product sums faster on the CPU
-        normalizer = top + mx.log(total)
-        agreement = (features[part] * expected[part]).sum(axis=-1, keepdims=True)
-        losses.append((weights[part] * (mass[part] * normalizer - agreement)).sum())
-        gradients.append(weights[part] * (mass[part] * (powers @ matrix) / total - expected[part]))
-        normalizers.append(normalizer)
-    return mx.stack(losses).sum(), mx.concatenate(gradients), mx.concatenate(normalizers)
-
-
-def _frozen_head_vjp(
-    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-) -> tuple[mx.array, ...]:
-    return (cotangents[0] * outputs[1], *(mx.zeros_like(primal) for primal in primals[1:]))
-
-
-def _trained_head(
-    features: mx.array, matrix: mx.array, probs: mx.array, weights: mx.array
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """As `_frozen_head`, for a `matrix` (V, X) that is trained too and a teacher `probs` (M, V). The third value is the
-    gradient by the matrix.
-    """
-    losses, gradients, normalizers, by_matrix = [], [], [], mx.zeros_like(matrix)
-    for part, logits in _row_blocks(features, matrix):
-        guess, normalizer = _softmax(logits)
-        mass = probs[part].sum(axis=-1, keepdims=True)
-        entropies = mass * normalizer - (probs[part] * logits).sum(axis=-1, keepdims=True)
-        losses.append((weights[part] * entropies).sum())
-        error = weights[part] * (guess * mass - probs[part])
-        gradients.append(error @ matrix)
-        by_matrix = by_matrix + error.T @ features[part]
-        normalizers.append(normalizer)
-    return mx.stack(losses).sum(), mx.concatenate(gradients), by_matrix, mx.concatenate(normalizers)
-
-
-def _trained_head_vjp(
-    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-) -> tuple[mx.array, ...]:
-    scale = cotangents[0]
-    return (scale * outputs[1], scale * outputs[2], *(mx.zeros_like(p) for p in primals[2:]))
-
-
-HeadLoss = Callable[..., tuple[mx.array, ...]]
-
-
-def _with_vjp(function: HeadLoss, vjp: Callable[..., tuple[mx.array, ...]]) -> HeadLoss:
-    custom = mx.custom_function(function)
-    custom.vjp(vjp)
-    return cast(HeadLoss, custom)
-
-
-cross_entropy = _with_vjp(_frozen_head, _frozen_head_vjp)
-cross_entropy_of_head = _with_vjp(_trained_head, _trained_head_vjp)
+    return softmax(contexts[..., : rows.shape[1]] @ rows.T)[0]
 
 
 class Teacher:
@@ -244,21 +217,25 @@ def batch_loss(
     """
     size = batch.left.shape[1]
     teacher = Teacher(drafter, batch, rows, objective.soft)
-    frozen = drafter.config.head == "factored"
-    matrix = rows if frozen else drafter.lm_head[-1].weight
-    guide = teacher.expected(matrix) if frozen else (teacher.probs(),)
-    head_loss = cross_entropy if frozen else cross_entropy_of_head
-    weights = objective.weights(batch)
-    loss, reached = mx.array(0.0), mx.array(1.0)
+    is_frozen = drafter.config.head == "factored"
+    matrix = rows if is_frozen else drafter.lm_head[-1].weight
+    if is_frozen and objective.loss == "kl":
+        loss_of_rows, guide = frozen_head_kl, teacher.expected(matrix)
+    else:
+        loss_of_rows = head_loss(objective.loss, is_frozen)
+        guide = teacher.probs(), teacher.draft_tokens[..., None]
+    losses, believed = [], []
     for depth, features in enumerate(depth_features(drafter, batch, embed, objective.depths)):
         ahead = slice(depth, depth + size)
         held = [each[:, ahead].reshape(-1, each.shape[-1]) for each in guide]
         own = features.reshape(-1, features.shape[-1])
-        outputs = head_loss(own, matrix, *held, weights[depth].reshape(-1, 1) * reached)
-        loss = loss + outputs[0]
-        if objective.reach:
+        row_losses, _, normalizers = loss_of_rows(own, matrix, *held)
+        losses.append(row_losses)
+        if objective.needs_belief:
             token = teacher.draft_tokens[:, ahead].reshape(-1, 1)
             logit = (own * matrix[mx.maximum(token[:, 0], 0)]).sum(axis=-1, keepdims=True)
-            prob = mx.where(token < 0, 0.0, mx.exp(logit - outputs[-1]) ** objective.reach)
-            reached = mx.stop_gradient(reached * prob)
-    return loss
+            believed.append(mx.where(token < 0, 0.0, mx.exp(logit - normalizers)))
+    belief = mx.stop_gradient(mx.stack(believed)) if believed else None
+    shape = (objective.depths, *batch.left.shape)
+    weights = objective.weights(batch, None if belief is None else belief.reshape(shape))
+    return (weights.reshape(objective.depths, -1, 1) * mx.stack(losses)).sum()

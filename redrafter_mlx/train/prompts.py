@@ -18,7 +18,7 @@ import numpy as np
 from redrafter_mlx.prompts import encode_text, render, user
 from redrafter_mlx.target import Target
 
-from .generate import Row, generate_batch
+from .generate import Control, Row, generate_batch
 
 Messages = list[dict[str, str]]
 
@@ -205,10 +205,13 @@ class ChatFormat:
         return cls(encode[0], encode[1], frozenset(tokenizer.eos_token_ids))
 
 
-def self_prompts(target: Target, tokenizer: Any, count: int, rng: np.random.Generator) -> list[str]:
+def self_prompts(
+    target: Target, tokenizer: Any, count: int, rng: np.random.Generator, control: Control | None = None
+) -> list[str]:
     """Have an instruct model write up to `count` user turns (T = 0.9, top-40).
 
-    Half of them start from nothing, half from one of `OPENERS`. Unfinished and trivial ones are left out.
+    Half of them start from nothing, half from one of `OPENERS`. Unfinished and trivial ones are left out. With a
+    journal, the same call later returns the same turns without the model.
     """
     chat = ChatFormat.of(tokenizer)
     openers = ["" if rng.random() < 0.5 else OPENERS[rng.integers(len(OPENERS))] for _ in range(count)]
@@ -220,12 +223,29 @@ def self_prompts(target: Target, tokenizer: Any, count: int, rng: np.random.Gene
         for opener in openers
     ]  # fmt: skip
     stop = chat.stop | set(chat.after_user[:1])
-    turns, texts = generate_batch(target, rows, stop, rng, with_contexts=False), []
+    turns, texts = generate_batch(target, rows, stop, rng, with_contexts=False, control=control), []
+    if control is not None and control.journal is not None:
+        control.journal.save(rows, turns)
     for opener, turn in zip(openers, turns, strict=True):
         text = (opener + tokenizer.decode(turn.tokens[:-1])).strip()
         if turn.stopped and len(text.split()) >= MIN_WORDS:
             texts.append(text)
     return texts
+
+
+def check_prompts(tokenizer: Any, prompts: Sequence[Messages]) -> None:
+    """Check that the chat template takes every prompt, before hours of writing end at one.
+
+    Raises:
+        ValueError: one that it refuses, with its number and the template's words.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    for number, messages in enumerate(prompts, 1):
+        try:
+            render(tokenizer, list(messages))
+        except ValueError as error:
+            raise ValueError(f"prompts: number {number}: {error}") from None
 
 
 def tokenize(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -17,29 +17,9 @@ from redrafter_mlx.drafters.beam import search
 from redrafter_mlx.drafters.interface import Embed, Seen
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter, Rnn
 from redrafter_mlx.stats import Stats
-from redrafter_mlx.tree import NEVER, Beam
+from redrafter_mlx.tree import Beam
 
 from .corpus import Corpus
-
-
-def num_accepted(
-    tokens: np.ndarray, parents: np.ndarray, logprobs: np.ndarray, nodes: int, truth: list[int]
-) -> int:
-    """How many tokens of `truth` are found among the `nodes` - 1 most probable candidates of a draft.
-
-    Args:
-        tokens, parents, logprobs: (P,), see `redrafter_mlx.tree.Candidates`.
-    """
-    kept = np.zeros(tokens.size, dtype=bool)
-    kept[np.argsort(-logprobs, kind="stable")[: nodes - 1]] = True
-    kept &= logprobs > NEVER / 2
-    at = -1
-    for depth, token in enumerate(truth):
-        match = np.flatnonzero(kept & (parents == at) & (tokens == token))
-        if not match.size:
-            return depth
-        at = match[0]
-    return len(truth)
 
 
 def replay(
@@ -57,13 +37,7 @@ def replay(
         root = mx.array(tokens[position], dtype=mx.int32)
         found = search(recurrence, Seen(context, root, None), beam)
         mx.eval(found.tokens, found.parents, found.logprobs)
-        accepted = num_accepted(
-            np.array(found.tokens),
-            np.array(found.parents),
-            np.array(found.logprobs),
-            nodes,
-            tokens[position + 1 : position + beam.length],
-        )
+        accepted = found.num_matching(tokens[position + 1 : position + beam.length], nodes)
         yield accepted
         position += accepted + 1
 
