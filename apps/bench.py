@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +35,7 @@ class Settings:
     drafter: str | None
     lookup: bool
     draft: str
+    with_each: bool
     prompts: Path | None
     limit: int | None
     max_tokens: int
@@ -71,6 +72,9 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
             min=16, help="Lengthen every prompt to about this many tokens with other prompts' text."
         ),
     ] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Also run the drafter and what is looked up each alone.")
+    ] = False,
     mlx_lm: Annotated[bool, typer.Option(help="Also run mlx-lm's own stream_generate.")] = True,
     profile: Annotated[
         bool, typer.Option(help="Split a step into draft, verify, accept, keep, host.")
@@ -83,8 +87,8 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
     if out is not None:
         check_writable(out, "--out")
     settings = Settings(
-        model, drafter, lookup, check_draft(draft), prompts, limit, max_tokens, temperature, top_p, seed, draft_model,
-        context, mlx_lm, profile,
+        model, drafter, lookup, check_draft(draft), each, prompts, limit, max_tokens, temperature, top_p, seed,
+        draft_model, context, mlx_lm, profile,
     )  # fmt: skip
     line = json.dumps(_run(settings))
     print(line, flush=True)  # first of all: whatever happens to the file, what took minutes is not lost
@@ -95,6 +99,7 @@ def bench(  # noqa: PLR0913  (typer: one argument per option)
 
 def _run(settings: Settings) -> dict[str, Any]:
     from redrafter_mlx import Sampling
+    from redrafter_mlx.drafters.lookup import Lookup
     from redrafter_mlx.measure.compare import MT_BENCH, encoded, mlx_lm_arm, own_arm, spread
     from redrafter_mlx.measure.profile import ops_per_step, profile
 
@@ -108,6 +113,14 @@ def _run(settings: Settings) -> dict[str, Any]:
         "plain": own_arm(model, "off", settings.max_tokens, sampling),
         "drafted": own_arm(model, settings.draft, settings.max_tokens, sampling),
     }
+    if settings.with_each:
+        if model.drafter is None or model.lookup is None:
+            raise ValueError("--each needs a drafter and --lookup: only then are there two to run alone")
+        alone = {
+            "drafter alone": replace(model, lookup=None, learned=None),
+            "lookup alone": replace(model, drafter=None, learned=None, lookup=Lookup()),
+        }
+        arms |= {name: own_arm(m, settings.draft, settings.max_tokens, sampling) for name, m in alone.items()}
     if settings.with_mlx_lm and model.tokenizer is not None:
         arms["mlx_lm"] = mlx_lm_arm(model, settings.max_tokens, sampling)
     if settings.draft_model is not None:
@@ -154,11 +167,8 @@ def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:
 def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
     from redrafter_mlx.measure.machine import machine
     from redrafter_mlx.measure.profile import bytes_per_step
-    from redrafter_mlx.stats import Stats
 
-    drafted = Stats()
-    for run in result.runs["drafted"]:
-        drafted.add(run.stats)
+    drafted = _summed(result, "drafted")
     plain = result.runs["plain"]
     others = [name for name in ("plain", "mlx_lm") if name in result.runs]
     base = max(others, key=lambda name: float(result.rate(name)[1]))
@@ -203,9 +213,38 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         },
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    for name in ("drafter alone", "lookup alone"):
+        if name in result.runs:
+            report[name] = _alone(result, name, base)
     if "mlx_lm_speculative" in result.runs:
         report["mlx_lm_speculative_tokens_per_second"] = round(result.rate("mlx_lm_speculative")[1], 3)
     return report
+
+
+def _summed(result: Any, arm: str) -> Any:
+    from redrafter_mlx.stats import Stats
+
+    total = Stats()
+    for run in result.runs[arm]:
+        total.add(run.stats)
+    return total
+
+
+def _alone(result: Any, arm: str, base: str) -> dict[str, Any]:
+    """The main figures of one more arm."""
+    total = _summed(result, arm)
+    return {
+        "speedup": round(result.ratio(arm, base)[1], 4),
+        "speedup_total_time": round(result.total(arm) / result.total(base), 4),
+        "tokens_per_step": round(total.tokens_per_step, 4),
+        "rows_per_step": round(1 + total.drafted_tokens / total.steps, 3),
+        "identical": all(
+            a.token_ids == b.token_ids for a, b in zip(result.runs["plain"], result.runs[arm], strict=True)
+        ),
+        "categories": {
+            name: round(result.ratio(arm, base, name)[1], 4) for name in sorted(set(result.categories))
+        },
+    }
 
 
 def _divergences(model: Any, sampling: Any, prompts: list[list[int]], result: Any) -> list[dict[str, Any]]:

@@ -1,33 +1,27 @@
-"""`redrafter chat`: a conversation in the terminal."""
+"""`redrafter chat`: a conversation in the terminal, or one line after the other from a pipe."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from redrafter_mlx.prompts import check_text
 
 from . import options as opt
-from .console import GaveUpNote, note, note_missing_drafter
+from .chat_commands import Chat, run_command
+from .console import GaveUpNote, columns, note, note_missing_drafter
 from .generate import summary
 from .piped import read_line
+from .terminal import StatusLine, has_color, is_terminal
 
-if TYPE_CHECKING:
-    from .conversation import Conversation
-
-HELP = """\
-/reset         forget the conversation
-/system TEXT   start over with this system message; without TEXT: show it
-/stats         figures of the last answer
-/quit          leave (or Ctrl-D)
-/help          this
-A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
+Reader = Callable[[str], str]
+"""Reads a message that begins with the text given; raises EOFError, KeyboardInterrupt or ValueError."""
 
 
 def chat(  # noqa: PLR0913  (typer: one argument per option)
@@ -36,82 +30,148 @@ def chat(  # noqa: PLR0913  (typer: one argument per option)
     draft: opt.DraftOption = "auto",
     max_tokens: opt.MaxTokensOption = 512,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the last conversation; /load NAME takes another.")
+    ] = False,
     stop: opt.StopOption = None,
-    temperature: opt.TemperatureOption = 0.7,
-    top_p: opt.TopPOption = 0.95,
-    top_k: opt.TopKOption = 0,
-    min_p: opt.MinPOption = 0.0,
+    temperature: opt.ModelsTemperatureOption = None,
+    top_p: opt.ModelsTopPOption = None,
+    top_k: opt.ModelsTopKOption = None,
+    min_p: opt.ModelsMinPOption = None,
+    repetition_penalty: opt.ModelsRepetitionPenaltyOption = None,
     seed: opt.SeedOption = None,
     kv_bits: opt.KVBitsOption = None,
 ) -> None:
-    """Talk with a model. /help lists what else can be typed."""
-    settings = opt.generation_options(
-        draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits
-    )
+    """Talk with a model. /help lists what else can be typed.
+
+    Without a terminal, every line of standard input is a message.
+    """
     if system is not None:
         check_text(system, "--system")
+        if resume:
+            raise ValueError("--resume goes on with the conversation's own system message: no --system")
+    given = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    options = opt.checked_options(draft, max_tokens, stop, given, kv_bits)
+    from . import saved
     from .conversation import Conversation
+    from .defaults import chat_sampling
 
+    path = saved.last() if resume else None
     loaded = opt.load_model(model, drafter)
-    conversation = Conversation(loaded, settings, system)
+    settings = opt.with_sampling(options, chat_sampling(model, given))
+    talk = Chat(Conversation(loaded, settings, system), model, drafter, path)
+    if path is not None:
+        talk.load(path)
+        note(f"{len(talk.conversation.messages) // 2} exchanges of {path}")
     note_missing_drafter(loaded, draft, drafter)
-    if sys.stdin is not None and sys.stdin.isatty():
-        note(f"{model}: /help for help, Ctrl-C stops an answer, Ctrl-D leaves")
-    run(conversation)
+    run(talk)
 
 
-def run(conversation: Conversation) -> None:
-    """Read a line, answer it, until the end of input, /quit, or Ctrl-C twice."""
-    interrupted, gave_up = False, GaveUpNote(conversation.model)
+def run(chat: Chat) -> None:
+    """Read a message, answer it, until the end of input, /quit, or Ctrl-C twice at the prompt."""
+    read: Reader = _read_line
+    if is_terminal():
+        from . import saved
+        from .terminal import message_reader
+
+        chat.path = chat.path or saved.new_name()
+        note(f"{chat.model}: /help for help, Ctrl-C stops an answer, Ctrl-D leaves")
+        read = message_reader(lambda: _status(chat))
+    _converse(chat, read)
+
+
+def _converse(chat: Chat, read: Reader) -> None:
+    interrupted, gave_up = False, GaveUpNote(chat.conversation.model)
     while True:
         try:
-            line = _read_line()
+            text = _next(chat, read)
+            interrupted = False
+            if text.startswith("/") and not run_command(chat, text):
+                return
+            if text and not text.startswith("/"):
+                _turn(chat, text)
+                gave_up.after_answer()
         except EOFError:
             return
-        except ValueError as error:
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
-            continue
         except KeyboardInterrupt:
             print(file=sys.stderr)
             if interrupted:
                 return
             interrupted = True
             note("Ctrl-C again or Ctrl-D to leave")
-            continue
-        interrupted = False
-        if line.startswith("/"):
-            if line.split()[0] in ("/quit", "/exit"):
-                return
-            _command(conversation, line)
-        elif line:
-            interrupted = _turn(conversation, line)
-            gave_up.after_answer()
 
 
-def _turn(conversation: Conversation, text: str) -> bool:
-    """Stream the answer; True when Ctrl-C stopped it."""
-    try:
-        stream = conversation.say(text)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return False
-    if conversation.dropped:
-        note(f"the context is full: the oldest {conversation.dropped} exchanges are forgotten")
+def _next(chat: Chat, read: Reader) -> str:
+    """The next message or command: one that a command left, or what is typed."""
+    if chat.next_message is not None:
+        text, chat.next_message = chat.next_message, None
+        return text
+    begin, chat.next_edit = chat.next_edit, ""
+    return check_text(read(begin), "the message")
+
+
+def _turn(chat: Chat, text: str) -> None:
+    """Stream the answer to `text`, until Ctrl-C.
+
+    Raises:
+        ValueError: the message is refused, by the chat template or for its length.
+    """
+    talk = chat.conversation
+    stream = talk.say(chat.with_files(text))
+    if talk.dropped:
+        note(f"the context is full: the oldest {talk.dropped} exchanges are forgotten")
     finish = None
     # closed here, also by a second Ctrl-C, so that history and cache hold what was said
-    with _ctrl_c() as pressed, closing(stream):
+    with _ctrl_c() as pressed, closing(stream), _view(chat) as (write, status):
         for chunk in stream:
-            print(chunk.text, end="", flush=True)
+            write(chunk.text, chunk.from_draft)
+            if status is not None:
+                status.show(chunk.stats)
             finish = chunk.finish_reason
             if pressed:
                 break
-    print(flush=True)
     if pressed and finish is None:
         note("stopped")
     elif finish == "length":
         note("cut at the length limit (--max-tokens)")
-    note(_status(conversation))
-    return bool(pressed)
+    note(_status(chat))
+    chat.save()
+
+
+@contextmanager
+def _view(chat: Chat) -> Iterator[tuple[Callable[[str, bool], None], StatusLine | None]]:
+    """What writes an answer: styled above a status line in a terminal, as it is elsewhere."""
+    from .markdown import MarkdownStream, visible
+
+    if not is_terminal() or not has_color():
+
+        def plain(text: str, from_draft: bool) -> None:
+            print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+        try:
+            yield plain, None
+        finally:
+            print(flush=True)
+        return
+    from .terminal import status_line
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    view = MarkdownStream(write, columns, chat.shows_drafts)
+    with status_line() as status:
+        try:
+            yield view.add, status
+        finally:
+            view.finish()
 
 
 @contextmanager
@@ -133,66 +193,26 @@ def _ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _command(conversation: Conversation, line: str) -> None:
-    name, _, rest = line.partition(" ")
-    rest = rest.strip()
-    if name == "/reset":
-        conversation.reset()
-        note("the conversation is forgotten")
-    elif name == "/system" and rest:
-        conversation.reset()
-        conversation.system = rest
-        note("a new conversation with this system message")
-    elif name == "/system":
-        note(conversation.system or "no system message but the chat template's own")
-    elif name == "/stats":
-        _stats(conversation)
-    elif name == "/help":
-        note(HELP)
-    else:
-        print(f"error: no command {name}; /help lists them", file=sys.stderr)
-
-
-def _stats(conversation: Conversation) -> None:
-    stats = conversation.last
+def _status(chat: Chat) -> str:
+    stats = chat.conversation.last
     if stats is None:
-        note("nothing was said yet")
-        return
-    for key, value in stats.to_dict().items():
-        if key != "token_ids":
-            note(f"{key}: {value}")
-
-
-def _status(conversation: Conversation) -> str:
-    stats = conversation.last
-    if stats is None:
-        return "nothing was said"
-    used, limit = stats.prompt_tokens + stats.generated_tokens, conversation.model.target.max_length
+        return f"{chat.model}, draft {chat.conversation.settings.draft}"
+    used, limit = stats.prompt_tokens + stats.generated_tokens, chat.conversation.model.target.max_length
     return f"{summary([stats])}, context {used}{f' of {limit}' if limit else ''}"
 
 
-def _read_line() -> str:
-    """A message from the terminal or a pipe, with its continued lines.
+def _read_line(begin: str = "") -> str:
+    """A message where there is no terminal that can do more, with its continued lines; `begin` comes first.
 
     Raises:
-        EOFError, KeyboardInterrupt: end of input; Ctrl-C.
+        EOFError, KeyboardInterrupt, ValueError: end of input; Ctrl-C; a line that is not UTF-8.
     """
-    lines: list[str] = []
+    is_asked = sys.stdin is not None and sys.stdin.isatty()
+    lines: list[str] = [begin] if begin else []
     while True:
-        line = _input(". " if lines else "> ")
+        if is_asked:
+            print(". " if lines else "> ", end="", file=sys.stderr, flush=True)
+        line = read_line()
         lines.append(line.removesuffix("\\"))
         if not line.endswith("\\"):
             return "\n".join(lines).strip()
-
-
-def _input(prompt: str) -> str:
-    is_terminal = sys.stdin is not None and sys.stdin.isatty()
-    if is_terminal and sys.stdout.isatty():
-        try:
-            import readline  # noqa: F401  (gives input() its line editing)
-        except ImportError:
-            pass
-        return check_text(input(prompt), "the message")
-    if is_terminal:
-        print(prompt, end="", file=sys.stderr, flush=True)
-    return check_text(read_line(), "the message")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -60,9 +62,28 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Seque
             console.print(Text(f" {name} {figure}"), soft_wrap=cell_len(figure) > console.width)
 
 
+def columns() -> int:
+    """The terminal's width at present; 80 where there is none."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            return os.get_terminal_size(stream.fileno()).columns or 80
+        except (AttributeError, OSError, ValueError):
+            continue
+    return 80
+
+
 def note(text: str) -> None:
-    """Print a remark on stderr, dimmed in a terminal."""
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    """Print a remark on stderr; in a terminal it is dimmed and broken between words."""
+    if sys.stderr.isatty():
+        width = max(10, columns() - 1)
+        lines = [
+            textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
+            for line in text.splitlines()
+        ]
+        text = "\n".join("\n".join(each) for each in lines)
+    dim, plain = (
+        ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
+    )
     print(f"{dim}{text}{plain}", file=sys.stderr, flush=True)
 
 

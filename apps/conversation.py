@@ -39,6 +39,8 @@ class Conversation:
     dropped: int = 0
     """exchanges forgotten for the last turn, because the context was full"""
     _answered: _Answered | None = None
+    _before: _Answered | None = None
+    """what `_answered` was before the last exchange"""
 
     def __post_init__(self) -> None:
         tokenizer = self.model.tokenizer
@@ -49,7 +51,38 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything but the system message."""
         self.messages.clear()
-        self.last, self._answered = None, None
+        self.last, self._answered, self._before = None, None, None
+
+    def undo(self) -> str:
+        """Forget the last exchange; returns what the user said in it.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.messages:
+            raise ValueError("nothing was said yet")
+        self._answered, self._before = self._before, None
+        *self.messages[:], asked, _ = self.messages
+        return asked["content"]
+
+    def change(self, settings: Options) -> None:
+        """Use other settings from the next turn on.
+
+        Raises:
+            ValueError: the model cannot follow them; nothing changes.
+        """
+        make_policy(self.model, settings.draft, settings.sampling.is_greedy)
+        self.settings = settings
+
+    def check_system(self, system: str | None) -> None:
+        """Check a system message before it is set.
+
+        Raises:
+            ValueError: the chat template refuses it.
+        """
+        assert self.model.tokenizer is not None
+        if system is not None:
+            render(self.model.tokenizer, [{"role": "system", "content": system}, user("hi")])
 
     def say(self, text: str) -> Generator[Chunk, None, None]:
         """The answer to `text`. What was said stays in the history, also where the caller stops.
@@ -85,6 +118,7 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": said})
                 ends = self.model.tokenizer.eos_token_ids if self.model.tokenizer else set()
                 ids = [token for token in stats.token_ids if token not in ends]
+                self._before = self._answered
                 self._answered = _Answered(rendered, said, [*prompt, *ids])
                 self.last = stats
 

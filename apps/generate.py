@@ -49,6 +49,7 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     top_p: opt.TopPOption = 1.0,
     top_k: opt.TopKOption = 0,
     min_p: opt.MinPOption = 0.0,
+    repetition_penalty: opt.RepetitionPenaltyOption = 1.0,
     seed: opt.SeedOption = None,
     kv_bits: opt.KVBitsOption = None,
     as_json: Annotated[
@@ -58,7 +59,11 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     """Answer a prompt, standard input, or every prompt of a file."""
     requests = _requests(prompt, prompts)
     _check(requests, raw, system)
-    options = opt.generation_options(draft, max_tokens, stop, temperature, top_p, top_k, min_p, seed, kv_bits)
+    sampling = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    options = opt.checked_options(draft, max_tokens, stop, sampling, kv_bits)
     loaded = opt.load_model(model, drafter, lookup, history)
     streams = _streams(loaded, requests, replace(options, raw=raw), system)
     note_missing_drafter(loaded, draft, drafter)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -81,6 +82,34 @@ MinPOption = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
+RepetitionPenaltyOption = Annotated[
+    float,
+    typer.Option(
+        help="Divide the logits of tokens that were there already by this (1: do not).",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+
+
+def _models(help: str, *names: str) -> Any:
+    """An option whose default is the model's own."""
+    return typer.Option(*names, help=f"{help} Default: the model's own.", rich_help_panel=_SAMPLING)
+
+
+ModelsTemperatureOption = Annotated[
+    float | None,
+    _models("Sampling temperature; 0 always takes the most likely token.", "--temperature", "-t"),
+]
+ModelsTopPOption = Annotated[
+    float | None, _models("Sample from the most likely tokens up to this total probability (1: all).")
+]
+ModelsTopKOption = Annotated[int | None, _models("Sample from the k most likely tokens (0: all).")]
+ModelsMinPOption = Annotated[
+    float | None, _models("Drop tokens less likely than this share of the most likely one (0: none).")
+]
+ModelsRepetitionPenaltyOption = Annotated[
+    float | None, _models("Divide the logits of tokens that were there already by this (1: do not).")
+]
 MaxTokensOption = Annotated[int, typer.Option(help="Maximum tokens to generate.")]
 StopOption = Annotated[
     list[str] | None,
@@ -91,18 +120,14 @@ KVBitsOption = Annotated[
 ]
 
 
-def generation_options(  # noqa: PLR0913  (the options of every command that writes text)
+def checked_options(
     draft: str,
     max_tokens: int,
     stop: list[str] | None,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    seed: int | None,
+    sampling: dict[str, Any],
     kv_bits: int | None,
 ) -> Options:
-    """The shared options as one value, checked before a model is loaded.
+    """Options with these values of `Sampling`; None leaves one as it is by default.
 
     Raises:
         ValueError: an invalid option.
@@ -111,11 +136,21 @@ def generation_options(  # noqa: PLR0913  (the options of every command that wri
     check_max_tokens(max_tokens)
     for text in stop or ():
         check_text(text, "--stop")
-    from redrafter_mlx import Sampling
     from redrafter_mlx.generation import Options
 
-    sampling = Sampling(temperature, top_p, top_k, min_p, seed)
-    return Options(max_tokens, sampling, draft, tuple(stop or ()), kv_bits=kv_bits)
+    options = Options(max_tokens, draft=draft, stop=tuple(stop or ()), kv_bits=kv_bits)
+    return with_sampling(options, {name: value for name, value in sampling.items() if value is not None})
+
+
+def with_sampling(options: Options, values: dict[str, Any]) -> Options:
+    """The options with another sampling.
+
+    Raises:
+        ValueError: an invalid value.
+    """
+    from redrafter_mlx import Sampling
+
+    return replace(options, sampling=Sampling(**values))
 
 
 def check_draft(draft: str) -> str:

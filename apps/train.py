@@ -26,7 +26,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
     self_prompt: Annotated[
         int | None,
         typer.Option(
-            help="Number of answers to generate; without --prompts, to the target's own questions. Default: 1000."
+            help="Number of answers, to the target's own questions or to --prompts (default: 1000), or of --text (all)."
         ),
     ] = None,
     minutes: Annotated[
@@ -40,7 +40,9 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         Path | None,
         typer.Option(help="Prompts never to train on, such as a benchmark's (.jsonl, .txt)."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 160,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Maximum tokens per answer. Default: 160; not for --text.")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Number of answers generated at the same time.")] = 96,
     disk_budget: Annotated[
         float | None,
@@ -122,6 +124,8 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         raise ValueError("--start-from keeps that drafter's shape, so it takes no --exit-dim and no --layers")
     if draft_vocab is not None and draft_vocab < 0:
         raise ValueError(f"--draft-vocab must be 0 (all) or more, not {draft_vocab}")
+    if text is not None and max_tokens is not None:
+        raise ValueError(f"--max-tokens is for answers to be written, and --text {text} has them")
     if push_to_hub:
         _check_hub(push_to_hub)
     shape = Shape(exit_dim)
@@ -134,12 +138,12 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         model=model_argument(model),
         prompts=prompts,
         text=text,
-        num_answers=1000 if self_prompt is None and minutes is None else self_prompt,
+        num_answers=1000 if self_prompt is None and minutes is None and text is None else self_prompt,
         minutes=minutes,
         exclude=exclude,
         context_layers=_context_layers(context_layers),
         rows=rows,
-        max_tokens=max_tokens,
+        max_tokens=160 if max_tokens is None else max_tokens,
         data_seed=seed,
         disk_budget=None if disk_budget is None else disk_budget * 1e9,
         start_from=start_from,
@@ -158,7 +162,7 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
     )
     inputs = Inputs.read(request)
     with locked_folder(out):
-        loaded = opt.load_model(model, "none")
+        loaded = opt.load_model(model, "none", lookup=False)
         if loaded.tokenizer is None:
             raise ValueError(f"--model {model} has no tokenizer, so it cannot write text")
         run_training(loaded, request, inputs, Wishes(allow_small, push_to_hub))

@@ -2,7 +2,8 @@
 
 Text is given to both tokenizers with special tokens recognized. Both models get the same ids and answer greedily, in
 float32 here; llama.cpp rounds activations to 8 bits on a CPU, so a close choice may fall otherwise: where the first
-difference lies, and by how much this model preferred its own token, is in the result.
+difference lies, and by how much this model preferred its own token, is in the result. Where rules differ: llama.cpp's
+"gpt-4o" and "tekken" leave combining marks out of words, which the models' own tokenizers do not.
 Run: python -m benchmarks.llama_cpp FILE.gguf [--llama-python PYTHON] [--families] [--rules] [--out FILE]. PYTHON is
 one that has `xllamacpp` (default: this one); without it nothing is compared, which is said. The last line is one JSON
 object.

@@ -115,26 +115,20 @@ def _open_gguf(path: Path) -> TargetSource:
     config = {name: value for name, value in config.items() if value is not None}
     config["eos_token_id"] = sorted(tokenizer.eos_token_ids)  # end of text and end of turn
     rope = model.layers[0].self_attn.rope
-    if "rope_scaling" in config and hasattr(rope, "_freqs"):
+    if config.get("rope_scaling", {}).get("type") == "llama3":
         # The file stores each frequency's divisor; a config has one factor, the largest of them.
         dims = config["head_dim"]
         plain = config["rope_theta"] ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
         config["rope_scaling"]["factor"] = round((rope._freqs / plain).max().item(), 4)
     packed = {
-        name: {"group_size": module.group_size, "bits": module.bits}
+        name: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
         for name, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        if "scales" in module
     }
     if packed:
-        bits = Counter(entry["bits"] for entry in packed.values()).most_common(1)[0][0]
-        group_size = next(iter(packed.values()))["group_size"]
-        others = {name: entry for name, entry in packed.items() if entry["bits"] != bits}
-        config["quantization"] = {
-            "group_size": group_size,
-            "bits": bits,
-            "mode": "affine",
-            **others,
-        }
+        common = Counter(tuple(entry.items()) for entry in packed.values()).most_common(1)[0][0]
+        others = {name: entry for name, entry in packed.items() if tuple(entry.items()) != common}
+        config["quantization"] = {**dict(common), **others}
     return TargetSource(model, config, None, tokenizer)
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -45,7 +46,7 @@ def run(command: Callable[[], int], interrupted: str = "interrupted") -> int:
     ValueError and OSError are mistakes of the user or in a file: one line on stderr, code 2. A reader of the output
     that leaves, as `head` does, has seen enough: code 0. Ctrl-C is the line `interrupted`, code 130.
     """
-    pressed: list[int] = []
+    pressed: list[float] = []
     try:
         _open_streams()
         with _ctrl_c(pressed):
@@ -58,12 +59,17 @@ def run(command: Callable[[], int], interrupted: str = "interrupted") -> int:
     except KeyboardInterrupt:
         return _say(interrupted, INTERRUPTED)
     except (ValueError, OSError) as error:
-        if not pressed:
+        if not _just_now(pressed):
             return _say(f"error: {_message(error)}", MISTAKE)
     except BaseException:  # libraries turn the exception of Ctrl-C into their own, an ImportError, say
-        if not pressed:
+        if not _just_now(pressed):
             raise
     return _say(interrupted, INTERRUPTED)
+
+
+def _just_now(pressed: list[float]) -> bool:
+    """Whether Ctrl-C was pressed in the last seconds, and not earlier, when a conversation dealt with it."""
+    return bool(pressed) and time.monotonic() - pressed[-1] < 5
 
 
 def _message(error: Exception) -> str:
@@ -124,11 +130,11 @@ def _silence() -> None:
 
 
 @contextmanager
-def _ctrl_c(pressed: list[int]) -> Iterator[None]:
-    """Note in `pressed` that Ctrl-C was pressed, and have it raise also where Python swallows what it raises."""
+def _ctrl_c(pressed: list[float]) -> Iterator[None]:
+    """Note in `pressed` when Ctrl-C was pressed, and have it raise also where Python swallows what it raises."""
 
     def press(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
+        pressed.append(time.monotonic())
         raise KeyboardInterrupt
 
     def swallowed(what: Any) -> None:

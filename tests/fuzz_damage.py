@@ -132,6 +132,13 @@ _JSON = (
     Damage("nested deep", _deep, True),
     Damage("not UTF-8", _not_utf8, True),
 )
+_TEXT = (
+    Damage("cut short", _cut),
+    Damage("a pointer of Git LFS", lambda data, rng: POINTER.encode(), True),
+    Damage("not UTF-8", lambda data, rng: b"\xe9" + data, True),
+    Damage("bits", _flip),
+    Damage("a piece", _splice),
+)
 _BINARY = (
     *_ANY,
     Damage("bits of the head", lambda data, rng: _flip(data, rng, HEAD)),
@@ -152,4 +159,6 @@ def damages_of(file: Path) -> tuple[Damage, ...]:
         return _JSON
     if file.suffix == ".safetensors":
         return _SAFETENSORS
+    if file.suffix == ".jinja":
+        return _TEXT
     return (*_BINARY, _LONGER) if file.suffix == ".gguf" else _BINARY

@@ -14,12 +14,14 @@ import apps.cli
 import convert.__main__
 from tests import ggufs
 from tests.test_convert_torch_file import write_torch
-from tests.toy import save_folder
+from tests.toy import CHAT_TEMPLATE, save_folder
 
 MARKER = "/tmp/redrafter-fuzz-code-ran"
 """Written by code in a file, if it ever ran"""
 
-_CONFIGS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_CONFIGS = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 def _generate(path: Path, *more: str) -> int:
@@ -47,6 +49,9 @@ KINDS: dict[str, Kind] = {
     "folder": Kind(
         (*_CONFIGS, "model.safetensors"), lambda folder, out: _generate(folder, "--drafter", "none")
     ),
+    "sentencepiece": Kind(
+        ("tokenizer.model", "tokenizer_config.json"), lambda folder, out: _generate(folder, "--raw")
+    ),
     "drafter": Kind(
         ("drafter/config.json", "drafter/model.safetensors"), lambda folder, out: _generate(folder)
     ),
@@ -68,7 +73,7 @@ KINDS: dict[str, Kind] = {
         reads_values=False,
     ),
 }  # fmt: skip
-LOADING = ("folder", "drafter", "gguf", "gguf-packed", "gguf-split")
+LOADING = ("folder", "sentencepiece", "drafter", "gguf", "gguf-packed", "gguf-split")
 """Those that `redrafter` itself reads"""
 
 
@@ -77,6 +82,12 @@ def make(kind: str, folder: Path) -> None:
     if kind in ("folder", "drafter", "target"):
         save_folder(folder)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+        return
+    if kind == "sentencepiece":
+        save_folder(folder)
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+        _train_sentencepiece(folder)
         return
     folder.mkdir(parents=True)
     if kind.startswith("gguf"):
@@ -94,6 +105,20 @@ def make(kind: str, folder: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {"hidden_size": 32, "vocab_size": 64, "exit_dim": 64, "num_draft_layers": 1, "rnn": True}
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _train_sentencepiece(folder: Path) -> None:
+    """A SentencePiece model of 60 pieces as `tokenizer.model`."""
+    import sentencepiece
+
+    corpus = folder / "corpus"
+    corpus.write_text("\n".join(f"the {word} of {word}s" for word in CHAT_TEMPLATE.split()))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=60, model_type="bpe", minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    corpus.unlink()
+    (folder / "tokenizer.vocab").unlink()
 
 
 def _drafter_arrays() -> dict[str, np.ndarray]:

@@ -198,3 +198,25 @@ def test_bench_prints_its_result_though_the_file_cannot_be_written_after_all(
     assert main([*given, "--prompts", prompts, "--out", str(out)]) == 2
     captured = capsys.readouterr()
     assert json.loads(captured.out)["prompts"] == 2 and "error: " in captured.err
+
+
+def test_bench_runs_each_source_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = folder.parent / "prompts.jsonl"
+    given = [
+        "bench",
+        "--model",
+        str(folder),
+        "--draft",
+        "2x3@4",
+        "--prompts",
+        str(prompts),
+        "--max-tokens",
+        "8",
+    ]
+    assert main([*given, "--each", "--no-mlx-lm"]) == 0
+    report = last_line(capsys)
+    for name, source in (("drafter alone", "recurrent"), ("lookup alone", "lookup")):
+        assert report[name]["identical"] is True and report[name]["rows_per_step"] >= 1, source
+    assert set(report["accepted_by_source"]) <= {"recurrent", "lookup"}
+    assert main([*given, "--each", "--no-lookup"]) == 2
+    assert "--each needs" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from apps import chat as chat_module
+from apps.chat_commands import Chat, run_command
 from apps.cli import main
 from apps.conversation import Conversation
 from redrafter_mlx import Sampling, load
@@ -116,7 +117,17 @@ def test_a_model_without_chat_template_is_refused() -> None:
 def test_piped_conversation_and_commands(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = ["/stats", "hi", "/stats", "two \\", "lines", "/system be kind", "/system", "/nonsense"]
+    lines = [
+        "/stats",
+        "hi",
+        "/stats",
+        "two \\",
+        "lines",
+        "/system be kind",
+        "/system",
+        "/nonsense",
+        "/stats x",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "/quit", "unread"])))
     argv = ["chat", "--model", str(folder), "--draft", "2x3", "--max-tokens", "6", "--seed", "1"]
     assert main(argv) == 0
@@ -124,6 +135,7 @@ def test_piped_conversation_and_commands(
     assert out.count("\n") >= 2 and "tokens/s" not in out
     assert "nothing was said yet" in err and "prompt_tokens: 5" in err
     assert "be kind" in err and "no command /nonsense" in err
+    assert "/stats takes nothing behind it, not 'x'" in err
     assert err.count("tokens per step") == 2  # one status line per answer: "unread" was not
 
 
@@ -131,7 +143,7 @@ def test_reset_forgets_but_keeps_the_system_message(model: Model) -> None:
     conversation = _conversation(model)
     conversation.system = "be kind"
     _say(conversation, "hello")
-    chat_module._command(conversation, "/reset")
+    assert run_command(Chat(conversation), "/reset")
     assert conversation.messages == [] and conversation.system == "be kind"
     _say(conversation, "hello")
     assert conversation.last is not None and conversation.last.prompt_tokens == 9 + 5 + 3
@@ -152,7 +164,7 @@ def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(
     monkeypatch.setattr(Conversation, "say", say)
     monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n"))
     handler = signal.getsignal(signal.SIGINT)
-    chat_module.run(conversation)
+    chat_module.run(Chat(conversation))
     assert signal.getsignal(signal.SIGINT) is handler
     assert "stopped" in capsys.readouterr().err
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 2
@@ -174,7 +186,7 @@ def test_a_second_ctrl_c_while_text_is_printed_keeps_what_was_said(
 
     monkeypatch.setattr(chat_module, "print", impatient, raising=False)
     monkeypatch.setattr("sys.stdin", io.StringIO("first\n"))
-    chat_module.run(conversation)
+    chat_module.run(Chat(conversation))
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
     assert conversation.last is not None and conversation.last.generated_tokens == 3
     assert not conversation.cache.in_use
@@ -223,7 +235,7 @@ def test_two_ctrl_c_in_a_row_leave(
 ) -> None:
     waiting = iter(events)
 
-    def read() -> str:
+    def read(begin: str = "") -> str:
         event = next(waiting)
         if isinstance(event, str):
             return event
@@ -231,5 +243,5 @@ def test_two_ctrl_c_in_a_row_leave(
 
     monkeypatch.setattr(chat_module, "_read_line", read)
     conversation = _conversation(model, max_tokens=2)
-    chat_module.run(conversation)
+    chat_module.run(Chat(conversation))
     assert len(conversation.messages) == 2 * answered

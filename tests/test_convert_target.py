@@ -529,3 +529,24 @@ def test_a_bare_sentencepiece_tokenizer(kind: str, tmp_path: Path) -> None:
         ids = theirs.encode(text)
         assert tokenizer.encode(text, add_special_tokens=False) == ids
         assert tokenizer.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gpt-oss", "MXFP4"), ("qwen3moe", "Q8_0"), ("gemma3", "Q5_0"), ("phi3-long", "F32"), ("qwen2-yarn", "BF16"),
+     ("smollm3", "Q4_1"), ("mixtral", "Q5_1")],
+)  # fmt: skip
+def test_every_kind_of_gguf_keeps_its_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    """Packed experts, MXFP4, layers of different bits, and RoPE scalings that a config can express."""
+    from mlx_lm.utils import load_model
+
+    from tests import ggufs
+
+    monkeypatch.setenv("REDRAFTER_CACHE", str(tmp_path / "cache"))
+    ggufs.write(tmp_path / "m.gguf", name, kind=kind)
+    tokens = mx.array([[5, 9, 40, 7, 8, 3, 100, 260, 17, 17, 30, 4]])
+    want = load_gguf(tmp_path / "m.gguf")[0](tokens)
+    got = load_model(convert(str(tmp_path / "m.gguf"), tmp_path / "out"))[0](tokens)
+    assert mx.array_equal(got, want)

@@ -111,7 +111,7 @@ def test_a_byte_order_mark_is_not_text(folder: Path, name: str) -> None:
     assert tokens(folder) == want
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_pointer_of_git_lfs_is_called_so(folder: Path, name: str) -> None:
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:5e\nsize 1\n")
     with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):

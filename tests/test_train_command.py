@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,44 +16,20 @@ import pytest
 
 from apps.cli import main
 
-from .toy import _COMMON, FAMILIES, VOCAB, make_model
+from .training import arguments, tiny_target, without
 
 # isort: split
 import mlx.core as mx
-from mlx.utils import tree_flatten
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 pytestmark = pytest.mark.slow
 
+
 ROOT = Path(__file__).parent.parent
-TEMPLATE = (
-    "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
-)
-
-
-def tiny_target(path: Path, family: str) -> Path:
-    """A random model of 64 words as a folder, with a chat template; w2 ends a turn."""
-    path.mkdir(exist_ok=True)
-    model = make_model(family)
-    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    config = {**_COMMON, **FAMILIES[family], "eos_token_id": 2}
-    (path / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "chat_template": TEMPLATE}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return path
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_target(tmp_path_factory.mktemp("target"), "llama")
-
-
-def arguments(folder: Path, out: Path) -> list[str]:
-    options = "--self-prompt 48 --rows 12 --max-tokens 24 --epochs 40 --validate-every 10 --draft-vocab 40"
-    return ["train", "--model", str(folder), "--out", str(out), *options.split()]
 
 
 def run_until(command: list[str], reached: Callable[[], bool]) -> None:
@@ -103,7 +78,7 @@ def test_killed_twice_it_ends_as_if_never_killed(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--length", "1"], "--length counts the root and must be at least 2, not 1"),
+        (["--length", "1"], "--length counts the root and must be between 2 and 64, not 1"),
         (["--self-prompt", "0"], "the number of answers must be at least 1, not 0"),
         (["--prompts", "missing.jsonl"], "prompts: no file missing.jsonl"),
         (["--context-layers", "a"], "--context-layers must be auto, none or numbers"),
@@ -122,6 +97,17 @@ def test_killed_twice_it_ends_as_if_never_killed(
         (["--loss", "mse"], "--loss must be one of kl, tv, lk, gumbel, not 'mse'"),
         (["--depth-weights", "flat"], "--depth-weights must be one of decay, dpace, not 'flat'"),
         (["--loss", "tv", "--soft", "0.5"], "soft 0.5 is for the loss kl; tv has its own mixture"),
+        (["--text", "text.npz"], "--max-tokens is for answers to be written, and --text text.npz has them"),
+        (["--minutes", "5"], "give a number of answers (--self-prompt) or a time (--minutes), not both"),
+        (
+            ["--max-tokens", "500"],
+            "--max-tokens must leave room for a question of 80 tokens in the 512 tokens",
+        ),
+        (["--exit-dim", "1000000000"], "exit_dim must be between 1 and 65536, not 1000000000"),
+        (["--layers", "1000000"], "the number of residual blocks must be between 0 and 64, not 1000000"),
+        (["--length", "65"], "--length counts the root and must be between 2 and 64, not 65"),
+        (["--seed", "-1"], "the seed must be between 0 and 2^64 - 1, not -1"),
+        (["--seed", str(1 << 64)], "the seed must be between 0 and 2^64 - 1, not 18446744073709551616"),
         (["--soft", "2"], "soft must be between 0 and 1, not 2.0"),
         (["--batch", "100"], "--batch must be a multiple of 32, not 100"),
         (["--start-from", "d", "--exit-dim", "64"], "--start-from keeps that drafter's shape"),
@@ -148,7 +134,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_text_of_an_earlier_run_gives_the_same_states(folder: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     assert main([*arguments(folder, first), "--epochs", "1"]) == 0
-    assert main([*arguments(folder, again), "--epochs", "1", "--text", str(first / "text.npz")]) == 0
+    command = [*without(arguments(folder, again), "--max-tokens"), "--epochs", "1"]
+    assert main([*command, "--text", str(first / "text.npz")]) == 0
     assert not (again / "text.npz").exists()
     shards = sorted((first / "data").glob("shard-*.npz"))
     assert len(shards) == 4
@@ -168,7 +155,8 @@ def test_text_that_is_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     broken = tmp_path / "text.npz"
     broken.write_bytes(b"PK")
     for file, message in ((broken, "does not hold answers"), (tmp_path / "no.npz", "no file")):
-        assert main([*arguments(folder, tmp_path / "out"), "--text", str(file)]) == 2
+        command = without(arguments(folder, tmp_path / "out"), "--max-tokens")
+        assert main([*command, "--text", str(file)]) == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
 
 
@@ -274,86 +262,3 @@ def test_a_target_without_a_chat_template(
     (plain / "tokenizer_config.json").write_text(json.dumps(settings))
     assert main(arguments(plain, tmp_path / "out")) == 2
     assert "error: the target has no chat template" in capsys.readouterr().err
-
-
-def test_the_second_training_in_a_folder_is_refused(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "apps", *arguments(folder, out)]
-    code = f"""
-import sys, time
-from pathlib import Path
-from redrafter_mlx.train.lock import locked_folder
-with locked_folder(Path({str(out)!r})):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-    pipe = subprocess.PIPE
-    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
-    assert owner.stdin is not None and owner.stdout is not None
-    assert owner.stdout.readline() == "locked\n"
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert f"error: another training (process {owner.pid}) is running in {out}" in refused.stderr
-    assert sorted(path.name for path in out.iterdir()) == [".lock"]
-    owner.stdin.close()
-    owner.wait()
-    assert not out.exists()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
-def test_interrupted_it_says_what_is_kept_and_goes_on(folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C within the first shard, in a log as in a terminal: nothing that was written is lost."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "apps", *arguments(folder, out), "--max-tokens", "400", "--epochs", "1"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("writing"):
-            break
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    rest = process.stderr.read()
-    assert process.wait() == 130
-    process.stderr.close()
-    assert process.stdout is not None
-    process.stdout.close()
-    assert "Traceback" not in rest
-    assert f"kept in {out}: " in rest and "The same command goes on" in rest
-    assert list((out / "data").glob("begun-*.npz")) and not (out / ".lock").exists()
-
-
-def test_what_it_says_before_and_after(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """How long, what to expect, that so little does not pay; then speed-up and a command that runs as written."""
-    out = tmp_path / "my drafter"
-    assert main([*arguments(folder, out), "--epochs", "1", "--quantize", "8"]) == 0
-    said = capsys.readouterr()
-    before = " ".join(said.err.split())
-    assert "Here, now: writing about 864 tokens takes under a minute, training" in before
-    assert "tokens per step with one beam of 5, by the curve measured" in before
-    assert "warning: this run is too small to pay: about 864 tokens" in before
-    assert "writing 0%: questions 0/15" in before and "training 100%" in before
-    assert "x plain decoding" in said.out and "the same tokens" in said.out
-    for name in ("float16", "8bit"):
-        card = (out / name / "README.md").read_text()
-        line = card.split("```sh\n")[1].splitlines()[0]
-        assert (f"Use it: {line}\n" in said.out) == (name == "float16")
-        assert main([*shlex.split(line)[1:], "--max-tokens", "4"]) == 0
-        assert capsys.readouterr().out.strip()
-
-
-def test_minutes_instead_of_a_number_of_answers(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A quarter of a minute less what follows leaves little to write; the same command then finds all done."""
-    out = tmp_path / "out"
-    command = [option for option in arguments(folder, out) if option not in ("--self-prompt", "48")]
-    command += ["--epochs", "1", "--minutes", "0.25", "--validate-every", "1000"]
-    assert main(command) == 0
-    shards = {path.name: path.read_bytes() for path in (out / "data").glob("shard-*.npz")}
-    assert shards and (out / "data" / "clock.json").is_file()
-    assert main(command) == 0
-    assert "holds a training that has begun: going on" in capsys.readouterr().err.replace("\n", " ")
-    assert {path.name: path.read_bytes() for path in (out / "data").glob("shard-*.npz")} == shards

@@ -2,142 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from redrafter_mlx.train.data import Generator, Watch
-from redrafter_mlx.train.generate import generate_batch, sample
+from redrafter_mlx.train.data import Watch
 from redrafter_mlx.train.prompts import (
-    ChatFormat,
-    PromptFilter,
-    is_held_out,
     normalize,
-    read_excluded,
-    read_prompts,
 )
 from redrafter_mlx.train.recipe import Recipe
-from redrafter_mlx.train.rows import LoopWatch, Row, loop_start
 from redrafter_mlx.train.shards import SavedAnswers, contexts_path, list_shards, read_shard, shard_path
 from redrafter_mlx.train.tally import Tally
 
-from .toy import VOCAB, make_target
+from .training import (
+    Killed,
+    asked,
+    generator,
+    killer,
+)
 
 # isort: split
-import mlx.core as mx
-
-EOS = 2
-
-
-class ToyTokenizer:
-    """Characters a, b, c ... as tokens 3, 4, 5 ...; 1 opens a turn, 2 ends it."""
-
-    chat_template: str | None = "toy"
-    eos_token_ids = {EOS}
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        special = {"<": 1, ">": EOS}
-        return [special.get(c, 3 + (ord(c) - ord("a")) % (VOCAB - 3)) for c in text]
-
-    def decode(self, tokens: list[int]) -> str:
-        return " ".join(f"w{token}" for token in tokens)
-
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, str]],
-        add_generation_prompt: bool = True,
-        tokenize: bool = True,
-    ) -> Any:
-        text = "<sys>" + "".join(f"<{m['content']}>" for m in messages) + "<"
-        return self.encode(text) if tokenize else text
-
-
-def generator(folder: Path, excluded: list[str] | None = None, **changes: Any) -> Generator:
-    recipe = Recipe("tiny", (0, 2), **{"rows": 4, "max_tokens": 12, **changes})
-    return Generator(make_target(), ToyTokenizer(), folder, recipe, excluded or [])
-
-
-def asked(*texts: str) -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": text}] for text in texts]
-
-
-def test_a_loop_is_noticed_at_its_twelfth_repeated_window() -> None:
-    text = list(range(100, 120)) + [1, 2, 3, 4, 5] * 20
-    # windows of 8 that lie in the loop: the first five are new (period 5), those after repeat.
-    # The first ends at token 20 + 8, the fifth at 20 + 12, so the twelfth repeat at 20 + 24.
-    assert loop_start(text) == 20 + 12 + 12
-
-
-def test_text_without_a_loop_is_kept_whole() -> None:
-    assert loop_start(list(range(300))) == 300
-    assert loop_start([]) == 0
-
-
-def test_a_repeat_that_breaks_off_is_not_a_loop() -> None:
-    phrase = list(range(18))  # 11 windows of 8: one repeat fewer than a loop takes
-    watch = LoopWatch()
-    assert not any(watch.push(token) for token in phrase + [50] + phrase + [51] + phrase + [52])
-
-
-def test_sampling_inverts_the_cumulative_distribution() -> None:
-    logits = np.log(np.array([[0.2, 0.5, 0.3]], dtype=np.float32)).repeat(4, axis=0)
-    uniforms = np.array([0.1, 0.21, 0.69, 0.71])
-    assert sample(logits, np.ones(4), 0, uniforms).tolist() == [0, 1, 1, 2]
-    assert sample(logits, np.zeros(4), 0, uniforms).tolist() == [1, 1, 1, 1]
-    # of the two likeliest, renormalized: 0.625 and 0.375
-    assert sample(logits, np.ones(4), 2, uniforms).tolist() == [1, 1, 2, 2]
-
-
-def test_lockstep_decoding_is_the_targets_own_greedy_text() -> None:
-    """Prompts of different lengths in one batch, against one forward of each whole text alone."""
-    target = make_target()
-    target.watch((0, 2))
-    prompts = [(1, 5, 6), (1, 5, 6, 7, 8, 9, 10), (1, 5, 40, 41)]
-    rows = [Row(prompt, 20, 0.0) for prompt in prompts]
-    for prompt, text in zip(
-        prompts, generate_batch(target, rows, frozenset({EOS}), np.random.default_rng(0)), strict=True
-    ):
-        whole = mx.array([[*prompt, *text.tokens]])
-        logits = np.array(target.model(whole)[0])
-        contexts = np.array(target.contexts(whole)[0].astype(mx.float32))
-        begin = len(prompt) - 1
-        end = begin + len(text.tokens)
-        assert logits[begin:end].argmax(axis=-1).tolist() == text.tokens
-        np.testing.assert_allclose(contexts[begin:end], np.stack(text.contexts), rtol=2e-3, atol=5e-3)
-
-
-def test_a_text_ends_with_its_stop_token() -> None:
-    target = make_target()
-    row = Row((1, 5, 6), 20, 0.0)
-    free = generate_batch(target, [row], frozenset(), np.random.default_rng(0))[0]
-    stop = free.tokens[4]
-    text = generate_batch(target, [row], frozenset({stop}), np.random.default_rng(0))[0]
-    assert text.stopped and not free.stopped
-    assert text.tokens == free.tokens[: free.tokens.index(stop) + 1]
-
-
-def test_prompts_pass_once_and_excluded_ones_never() -> None:
-    long = "Compose a travel blog post about a recent trip to an island far away"
-    prompts = PromptFilter([long, "Who are you?"])
-    assert prompts.accepts("What is  love?")
-    assert not prompts.accepts("what is LOVE")
-    assert not prompts.accepts(long.lower() + "!")
-    assert not prompts.accepts(long + " and say why.")
-    assert not prompts.accepts(long[:60])
-    assert not prompts.accepts("who are you")
-    assert not prompts.accepts("  ?! ")
-    assert prompts.accepts("Who is she?")
-
-
-def test_held_out_share_is_as_asked_and_does_not_depend_on_spelling() -> None:
-    texts = [f"question number {i}" for i in range(4000)]
-    held = [text for text in texts if is_held_out(text, 20)]
-    assert 120 < len(held) < 290  # 200 expected, deviation 14
-    assert all(is_held_out(text.upper() + "?", 20) for text in held)
-    assert normalize("A,  b! ") == "a b"
 
 
 def test_shards_hold_what_was_written(tmp_path: Path) -> None:
@@ -163,23 +49,6 @@ def assert_same(one: Path, other: Path) -> None:
         assert mine.answers == theirs.answers and mine.prompts == theirs.prompts
         assert mine.temperatures.tolist() == theirs.temperatures.tolist()
         np.testing.assert_allclose(contexts.astype(float), others.astype(float), atol=5e-3)
-
-
-class Killed(Exception):
-    pass
-
-
-def killer(after: int) -> Watch:
-    """Interrupts the writing after so many steps, as Ctrl-C would."""
-    steps = 0
-
-    def on_step(_: Tally) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == after:
-            raise Killed
-
-    return Watch(on_step)
 
 
 @pytest.mark.parametrize("after", [3, 9, 20, 30])
@@ -326,26 +195,6 @@ def test_the_target_asks_itself(tmp_path: Path) -> None:
         assert texts[0] not in [str(text) for text in data["prompts"]]
 
 
-def test_the_chat_format_is_read_from_the_template() -> None:
-    class Plain(ToyTokenizer):
-        def apply_chat_template(
-            self, messages: Any, add_generation_prompt: bool = True, tokenize: bool = True
-        ) -> str:
-            return f"<s>{messages[0]['content']}><"
-
-    chat = ChatFormat.of(Plain())
-    assert chat.before_user == (1, 3 + 18, EOS) and chat.after_user == (EOS, 1)
-    assert chat.stop == {EOS}
-
-
-def test_a_target_without_a_chat_template_cannot_ask_itself(tmp_path: Path) -> None:
-    tokenizer = ToyTokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        Generator(make_target(), tokenizer, tmp_path / "data", Recipe("tiny"))
-    assert not (tmp_path / "data").exists()
-
-
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
     generator(tmp_path)
     with pytest.raises(ValueError, match="max_tokens 12 there, 13 now"):
@@ -365,61 +214,9 @@ def test_bad_recipes(change: dict[str, Any], message: str) -> None:
         Recipe("tiny", **change)
 
 
-def test_prompts_from_files(tmp_path: Path) -> None:
-    def turn(role: str, content: str) -> dict[str, str]:
-        return {"role": role, "content": content}
-
-    turns = [turn("system", "s"), turn("user", "two"), turn("assistant", "x")]
-    shared = [{"from": "human", "value": "three"}, {"from": "gpt", "value": "y"}]
-    lines = [
-        json.dumps({"prompt": "one"}),
-        "",
-        json.dumps({"messages": turns}),
-        json.dumps({"conversations": shared}),
-        json.dumps("four"),
-    ]  # fmt: skip
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    (tmp_path / "b.txt").write_text("five\n\nsix\n")
-    read = read_prompts(tmp_path)
-    assert [messages[-1] for messages in read] == [
-        {"role": "user", "content": word} for word in ("one", "two", "three", "four", "five", "six")
-    ]
-    assert read[1][0]["role"] == "system"
-
-
-def test_every_turn_of_a_benchmark_is_excluded(tmp_path: Path) -> None:
-    (tmp_path / "bench.jsonl").write_text(
-        json.dumps({"question_id": 81, "turns": ["Write about Hawaii.", "Now shorter."]})
-    )
-    prompts = PromptFilter(read_excluded(tmp_path / "bench.jsonl"))
-    assert not prompts.accepts("write about hawaii") and not prompts.accepts("now SHORTER")
-    assert prompts.accepts("Write about Maui.")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", "\n \n", "at least one prompt"),
-        ("bad.jsonl", '{"prompt": "a"}\n{"prompt"', "line 2 is not JSON"),
-        ("list.jsonl", "[1]", "JSON object or string, not list"),
-        ("keys.jsonl", '{"answer": "a"}', "needs 'prompt' or 'messages', but has \\['answer'\\]"),
-        (
-            "nobody.jsonl",
-            '{"messages": [{"role": "system", "content": "a"}]}',
-            "no message has the role",
-        ),
-        ("odd.jsonl", '{"messages": ["a"]}', "role and content"),
-    ],
-)
-def test_bad_prompt_files(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / name)
-
-
-def test_missing_prompts(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no file"):
-        read_prompts(tmp_path / "none.jsonl")
-    (tmp_path / "data.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="found: .parquet"):
-        read_prompts(tmp_path)
+def test_prompts_that_leave_no_room_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = generator(tmp_path)
+    assert made.target.max_length == 512
+    used = made.run(4, asked("aa", "b" * 500, "cc"))
+    assert SavedAnswers.of(used).prompts == ["aa", "cc"]
+    assert "more than the 512 that tiny-llama is made for" in caplog.text

@@ -13,8 +13,8 @@ from redrafter_mlx.train.corpus import Corpus
 from redrafter_mlx.train.initial import new_drafter
 from redrafter_mlx.train.loss import Batch, Objective, batch_loss, depth_features
 
-from .test_train import LAYERS, a_batch, attached, config, write_corpus
 from .toy import HIDDEN, VOCAB, make_target
+from .training import LAYERS, a_batch, attached, config, write_corpus
 
 # isort: split
 import mlx.core as mx

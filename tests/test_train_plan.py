@@ -25,8 +25,8 @@ from redrafter_mlx.train.run import DATA, check_target, write_data
 from redrafter_mlx.train.settings import Origin, Settings
 from redrafter_mlx.train.tally import Tally
 
-from .test_train_data import Killed, ToyTokenizer, asked, killer
 from .toy import make_target
+from .training import Killed, ToyTokenizer, asked, killer
 
 # isort: split
 import mlx.core as mx

@@ -34,6 +34,7 @@ those of 4 bits as AutoAWQ's "gemm" lays them out. It takes GPTQ's, which lie ot
 
 WEIGHTS = "model*.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_USED = (*_TOKENIZERS, "merges.txt", "vocab.txt")
 _OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEXT_ENDINGS = (".json", ".txt", ".jinja")
 _ENDINGS = (*_TEXT_ENDINGS, ".model", ".tiktoken")
@@ -215,7 +216,7 @@ def _staged_tokenizer(folder: Path) -> Iterator[Path]:
         for file in sorted(folder.iterdir()):
             if file.suffix not in _ENDINGS or file.name == "config.json" or not file.is_file():
                 continue
-            if file.name in (*_TOKENIZERS, *_OBJECTS):
+            if file.name in (*_USED, *_OBJECTS) or file.suffix == ".jinja":
                 check_real(file)
             if file.name in _OBJECTS:
                 (staged / file.name).write_text(json.dumps(_settings(file)))
@@ -247,7 +248,7 @@ def _without_mark(file: Path) -> bytes | None:
     """
     if file.suffix not in _TEXT_ENDINGS:
         return None
-    used = file.name in (*_TOKENIZERS, "merges.txt", "vocab.txt") or file.suffix == ".jinja"
+    used = file.name in _USED or file.suffix == ".jinja"
     with file.open("rb") as opened:
         marked = opened.read(len(_MARK)) == _MARK
     if not used and not marked:

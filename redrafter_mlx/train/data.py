@@ -174,12 +174,22 @@ class Generator:
         return False
 
     def _take(self, prompts: Iterable[Messages], count: int) -> list[Messages]:
+        """The next `count` prompts that can be used; what is too long for the target is left out, with a warning."""
         taken: list[Messages] = []
+        most = self.target.max_length
         for messages in prompts:
-            if self.filter.accepts(user_text(messages)):
-                taken.append(messages)
-                if len(taken) == count:
-                    break
+            if not self.filter.accepts(user_text(messages)):
+                continue
+            length = len(tokenize(self.tokenizer, messages)) + self.recipe.max_tokens
+            if most is not None and length > most:
+                _log.warning(
+                    "left out: a prompt that with its answer may have %d tokens, more than the %d that %s is made for",
+                    length, most, self.target.name,
+                )  # fmt: skip
+                continue
+            taken.append(messages)
+            if len(taken) == count:
+                break
         return taken
 
     def _invent(

@@ -22,6 +22,7 @@ import mlx.core as mx
 from redrafter_mlx.drafters.interface import Embed
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.kernels import silu
+from redrafter_mlx.tree import MAX_NODES
 
 from .criteria import LOSSES, Loss, frozen_head_kl, head_loss, softmax
 
@@ -63,8 +64,8 @@ class Objective:
     see `_dpace`."""
 
     def __post_init__(self) -> None:
-        if self.depths < 1:
-            raise ValueError(f"depths must be at least 1, not {self.depths}")
+        if not 1 <= self.depths < MAX_NODES:
+            raise ValueError(f"depths must be between 1 and {MAX_NODES - 1}, not {self.depths}")
         if not 0 <= self.soft <= 1:
             raise ValueError(f"soft must be between 0 and 1, not {self.soft}")
         if not 0 < self.decay <= 1:
@@ -86,8 +87,8 @@ class Objective:
         Raises:
             ValueError: an option that cannot be.
         """
-        if length < 2:
-            raise ValueError(f"--length counts the root and must be at least 2, not {length}")
+        if not 2 <= length <= MAX_NODES:
+            raise ValueError(f"--length counts the root and must be between 2 and {MAX_NODES}, not {length}")
         found: Loss | None = next((name for name in LOSSES if name == loss), None)
         weights: DepthWeights | None = next((name for name in DEPTH_WEIGHTS if name == depth_weights), None)
         if found is None:

@@ -233,6 +233,21 @@ def self_prompts(
     return texts
 
 
+def check_prompts(tokenizer: Any, prompts: Sequence[Messages]) -> None:
+    """Check that the chat template takes every prompt, before hours of writing end at one.
+
+    Raises:
+        ValueError: one that it refuses, with its number and the template's words.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    for number, messages in enumerate(prompts, 1):
+        try:
+            render(tokenizer, list(messages))
+        except ValueError as error:
+            raise ValueError(f"prompts: number {number}: {error}") from None
+
+
 def tokenize(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a prompt up to where the assistant answers; of its plain text if there is no chat template."""
     if getattr(tokenizer, "chat_template", None):

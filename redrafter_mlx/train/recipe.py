@@ -37,8 +37,8 @@ class Recipe:
             raise ValueError(f"greedy must be between 0 and 1, not {self.greedy}")
         if not all(t > 0 for t in self.temperatures):
             raise ValueError(f"temperatures must be positive, not {self.temperatures}")
-        if self.seed < 0:
-            raise ValueError(f"the seed must be 0 or more, not {self.seed}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"the seed must be between 0 and 2^64 - 1, not {self.seed}")
 
     def claim(self, folder: Path) -> None:
         """Make `folder`, which is empty or new, one of text of this recipe, or see that it is.

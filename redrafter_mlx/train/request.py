@@ -20,6 +20,9 @@ from .recipe import Recipe
 from .settings import Origin, Settings, identity
 from .shards import SavedAnswers
 
+MOST_WIDTH, MOST_BLOCKS = 65_536, 64
+"""Of a drafter; far beyond what can pay, so that a slip of the keyboard does not fill the memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -34,10 +37,12 @@ class Shape:
     rnn: bool = True
 
     def __post_init__(self) -> None:
-        if self.exit_dim is not None and self.exit_dim < 1:
-            raise ValueError(f"exit_dim must be at least 1, not {self.exit_dim}")
-        if self.num_draft_layers < 0:
-            raise ValueError(f"the number of residual blocks must be 0 or more, not {self.num_draft_layers}")
+        if self.exit_dim is not None and not 1 <= self.exit_dim <= MOST_WIDTH:
+            raise ValueError(f"exit_dim must be between 1 and {MOST_WIDTH}, not {self.exit_dim}")
+        if not 0 <= self.num_draft_layers <= MOST_BLOCKS:
+            raise ValueError(
+                f"the number of residual blocks must be between 0 and {MOST_BLOCKS}, not {self.num_draft_layers}"
+            )
         if self.draft_vocab_size is not None and self.draft_vocab_size < 1:
             raise ValueError(f"draft_vocab_size must be at least 1, not {self.draft_vocab_size}")
 
@@ -95,7 +100,8 @@ class Request:
     text: Path | None = None
     """Answers that the target generated before (see `SavedAnswers`), used instead of new ones."""
     num_answers: int | None = 1000
-    """Number of answers to generate; with `prompts`, at most one per prompt. None: as many as `minutes` allow."""
+    """Number of answers to generate; with `prompts`, at most one per prompt; with `text`, the first ones of it. None:
+    as many as `minutes` allow, or as the text has."""
     minutes: float | None = None
     """Working time of the whole run, in minutes, that decides how much text is written. None: `num_answers` does."""
     exclude: Path | None = None
@@ -118,17 +124,12 @@ class Request:
     settings: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
-        if self.text and self.prompts:
-            raise ValueError(f"give --text {self.text} or --prompts {self.prompts}, not both")
-        if self.text and self.minutes is not None:
-            raise ValueError(f"--minutes decides how much text is written, and --text {self.text} gives it")
-        if self.num_answers is not None and self.num_answers < 1:
-            raise ValueError(f"the number of answers must be at least 1, not {self.num_answers}")
-        if (self.num_answers is None) == (self.minutes is None):
-            raise ValueError("give a number of answers (--self-prompt) or a time (--minutes), not both")
+        self._check_amount()
         for name, value in (("--minutes", self.minutes), ("the disk budget", self.disk_budget)):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, not {value}")
+        if self.start_from is not None and self.start_from.resolve() == self.out.resolve():
+            raise ValueError(f"--start-from and --out must be different folders, not both {self.out}")
         if self.bits not in (None, 4, 8):
             raise ValueError(f"bits must be 4 or 8, not {self.bits}")
         if self.vocabulary is not None and self.vocabulary < 0:
@@ -137,6 +138,19 @@ class Request:
         if any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
             raise ValueError(f"context_layers must be different and 0 or more, not {list(layers)}")
         self.recipe("", layers, "")  # checks the rest
+
+    def _check_amount(self) -> None:
+        """Check that one thing decides how much text there is."""
+        if self.text and self.prompts:
+            raise ValueError(f"give --text {self.text} or --prompts {self.prompts}, not both")
+        if self.text and self.minutes is not None:
+            raise ValueError(f"--minutes decides how much text is written, and --text {self.text} gives it")
+        if self.num_answers is not None and self.num_answers < 1:
+            raise ValueError(f"the number of answers must be at least 1, not {self.num_answers}")
+        if self.minutes is not None and self.num_answers is not None:
+            raise ValueError("give a number of answers (--self-prompt) or a time (--minutes), not both")
+        if self.num_answers is None and self.minutes is None and self.text is None:
+            raise ValueError("how much text to write must be given: --self-prompt or --minutes")
 
     def recipe(self, target: str, layers: tuple[int, ...], prompts: str) -> Recipe:
         """How the text is generated."""
@@ -165,12 +179,11 @@ class Inputs:
                 it cannot fill a batch.
         """
         prompts = read_prompts(request.prompts) if request.prompts else []
-        text = SavedAnswers.load(request.text) if request.text else None
+        text = SavedAnswers.load(request.text).first(request.num_answers) if request.text else None
         excluded = read_excluded(request.exclude) if request.exclude else []
         start = None if request.start_from is None else _read_start(request)
         digest = None if request.start_from is None else _digest(request.start_from / WEIGHTS)
-        answers = None if text is not None else request.num_answers
-        origin = Origin(request.model, digest, answers)
+        origin = Origin(request.model, digest, request.num_answers)
         found = read_identity(request.out)
         if found is not None and found[0].step:
             check_identity(request.out, found[1], identity(request.settings, origin))

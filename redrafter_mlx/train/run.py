@@ -15,6 +15,7 @@ from .corpus import Corpus
 from .data import Generator, Watch
 from .export import group_size
 from .initial import choose_vocabulary, new_drafter
+from .prompts import MAX_PROMPT_TOKENS, check_prompts
 from .request import Inputs, Request, default_context_layers, default_exit_dim
 from .trainer import Trainer
 
@@ -42,6 +43,12 @@ def check_target(target: Target, request: Request, inputs: Inputs) -> None:
                 f"{list(layers)}: leave --context-layers out"
             )
         start.attach(target)
+    room = None if target.max_length is None else target.max_length - MAX_PROMPT_TOKENS
+    if inputs.text is None and room is not None and request.max_tokens > room:
+        raise ValueError(
+            f"--max-tokens must leave room for a question of {MAX_PROMPT_TOKENS} tokens in the {target.max_length} "
+            f"tokens that {target.name} is made for, and {request.max_tokens} do not"
+        )
     target.check_tree()
     width = start.config.exit_dim if start else request.shape.exit_dim or default_exit_dim(target.hidden_size)
     if request.bits is not None:
@@ -56,6 +63,10 @@ def write_data(
     Raises:
         ValueError: see `Generator`.
     """
+    asked = inputs.prompts[: request.num_answers]
+    if inputs.text is not None:
+        asked = [[{"role": "user", "content": prompt}] for prompt in inputs.text.prompts]
+    check_prompts(tokenizer, asked)
     recipe = request.recipe(target.name, target.context_layers, inputs.fingerprint())
     generator = Generator(target, tokenizer, request.out / DATA, recipe, inputs.excluded, request.disk_budget)
     if inputs.text is not None:
@@ -70,11 +81,7 @@ def make_trainer(target: Target, request: Request, inputs: Inputs, shards: Seque
         ValueError: see `Corpus` and `Trainer`.
     """
     if not shards:
-        raise ValueError(
-            f"no text was written: none of {target.name}'s own questions could be used. Give questions: --prompts FILE"
-            if inputs.fingerprint() == "self"
-            else "no text was written: every prompt is excluded or empty"
-        )
+        raise ValueError(f"no text was written: {_why_no_text(target, request, inputs)}")
     corpus = Corpus(shards)
     corpus.check_enough(request.settings.shape)
     drafter = inputs.start
@@ -89,3 +96,13 @@ def make_trainer(target: Target, request: Request, inputs: Inputs, shards: Seque
         drafter.config = changed(drafter.config, calibration=())  # that of the old weights
     mx.eval(drafter.parameters())
     return Trainer(drafter, target, corpus, request.out, request.settings, inputs.origin)
+
+
+def _why_no_text(target: Target, request: Request, inputs: Inputs) -> str:
+    if mx.distributed.init().size() > 1:
+        return "write it with one process first; several only train"
+    if request.minutes is not None:
+        return f"{request.minutes} minutes leave no time for it"
+    if inputs.fingerprint() == "self":
+        return f"none of {target.name}'s own questions could be used. Give questions: --prompts FILE"
+    return "every prompt is excluded, empty or too long"

@@ -56,9 +56,10 @@ class Settings:
         for name in ("warmup", "final_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        for name in ("seed", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.patience < 0:
+            raise ValueError(f"patience must be 0 or more, not {self.patience}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"the seed must be between 0 and 2^64 - 1, not {self.seed}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be 0 or more, not {self.weight_decay}")
 

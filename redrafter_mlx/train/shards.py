@@ -190,6 +190,10 @@ class SavedAnswers:
             found.tokens.extend(text.answers)
         return found
 
+    def first(self, count: int | None) -> SavedAnswers:
+        """The first `count` answers; all for None."""
+        return SavedAnswers(self.prompts[:count], self.temperatures[:count], self.tokens[:count])
+
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.tokens))

@@ -19,8 +19,6 @@ class Table:
         if report.when != "call" and not (report.failed or report.skipped):
             return
         outcome = "wrong" if report.failed else "right" if report.passed else "skipped"
-        if report.skipped and hasattr(report, "wasxfail"):
-            outcome = "known"
         name = report.nodeid.split("::")[-1].split("[")[0]
         self.kinds[name.removeprefix("test_").replace("_", " ")][outcome] += 1
 

@@ -25,7 +25,7 @@ from tests.cases.models import random_model
 
 NUMBERS = ["0", "1", "3", "-1", "1e400", "nan", "x", ""]
 SAMPLING = {
-    "--temperature": ["0", "0.7", "1e-40", *NUMBERS], "--top-p": ["0.5", *NUMBERS], "--top-k": ["5", *NUMBERS],
+    "--temperature": ["0.7", "0", "1e-40", *NUMBERS], "--top-p": ["0.5", *NUMBERS], "--top-k": ["5", *NUMBERS],
     "--min-p": ["0.1", *NUMBERS], "--seed": ["7", str(2**64 - 1), str(2**64), *NUMBERS],
 }  # fmt: skip
 DRAFT = {"--draft": ["auto", "off", "2x3", "2x3@4", "1x2", "9x9@200", "0x2", "2x1", "2", "", "AUTO", "300x2"]}
@@ -39,8 +39,9 @@ TEXT = {"--max-tokens": ["1", "4", "9", "600", "0", "-3", "x"], "--stop": ["a", 
 OUT = ["{out}", "{model}", "{text}/x", ""]
 COMMANDS: dict[str, dict[str, list[str]]] = {
     "generate": {**LOADED, **DRAFT, **SAMPLING, **PROMPTS, **TEXT, "--raw": [], "--json": [],
-                 "": ["hi", "- dash", "-", "", "caf\udce9", "--"]},
-    "chat": {**LOADED, **DRAFT, **SAMPLING, **TEXT, "": ["extra"]},
+                 "--repetition-penalty": ["1.2", *NUMBERS], "": ["hi", "- dash", "-", "", "caf\udce9", "--"]},
+    "chat": {**LOADED, **DRAFT, **SAMPLING, **TEXT, "--repetition-penalty": ["1.2", *NUMBERS], "--resume": [],
+             "": ["extra"]},
     "demo": {**LOADED, **DRAFT, "--max-tokens": TEXT["--max-tokens"], "": ["hi", "", "-", "\udc80"]},
     "bench": {**LOADED, **DRAFT, **PROMPTS, "--max-tokens": ["2", "4", "1", "600"], "--limit": ["1", "9", "0", "x"],
               "--temperature": SAMPLING["--temperature"], "--top-p": SAMPLING["--top-p"], "--seed": ["3", "-1"],
@@ -55,7 +56,7 @@ COMMANDS: dict[str, dict[str, list[str]]] = {
               "--layers": ["1", "-1"], "--draft-vocab": ["40", "0", "-1"], "--context-layers": ["none", "0", "99", "x"],
               "--start-from": ["{drafter}", "{missing}"], "--quantize": ["4", "3"], "--text": ["{missing}"],
               "--patience": ["1", "-1"], "--validate-every": ["5", "0"], "--seed": ["1", "-1"]},
-    "convert drafter": {"": ["{drafter}", "{apples}", "{model}", "{missing}", "{text}", ""], "--out": OUT,
+    "convert drafter": {"": ["{apples}", "{drafter}", "{model}", "{missing}", "{text}", ""], "--out": OUT,
                         "--target": ["{model}", "{missing}"], "--activation": ["silu", "linear", "relu"],
                         "--dtype": ["float16", "float32", "int8"], "--force": []},
     "convert target": {"": ["{model}", "{bare}", "{missing}", "{text}", ""], "--out": OUT, "--quantize": [],
@@ -121,7 +122,9 @@ def draw(rng: random.Random) -> tuple[str, Drawn]:
         if option in NEEDED[command]:
             drawn[option] = USUAL[option] if rng.random() < 0.85 else rng.choice(values)
         elif rng.random() < (0.9 if option == "" and command != "chat" else 0.2):
-            drawn[option] = None if not values else values[0] if rng.random() < 0.8 else rng.choice(values)
+            drawn[option] = None if not values else values[0] if rng.random() < 0.9 else rng.choice(values)
+    if "--prompts" in drawn and rng.random() < 0.7:
+        drawn.pop("", None)
     return command, drawn
 
 

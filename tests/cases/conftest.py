@@ -10,20 +10,16 @@ from typing import Any
 import pytest
 
 from redrafter_mlx.auto import timing
-from tests.cases.known import KNOWN, NOT_EVERY_TIME
 from tests.cases.models import random_model, successor_model
 
 FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All cases are slow; those that are known to be wrong are expected to fail, and must."""
+    """All cases are slow."""
     for item in items:
         if item.path.parent == FOLDER:
             item.add_marker(pytest.mark.slow)
-            for beginning, reason in KNOWN.get(item.path.name, {}).items():
-                if item.name.startswith(beginning):
-                    item.add_marker(pytest.mark.xfail(strict=item.name not in NOT_EVERY_TIME, reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ def test_a_command_that_ignores_an_option_is_found(places: Places, monkeypatch: 
     from apps import options as shared
     from redrafter_mlx.generation import Options
 
-    monkeypatch.setattr(shared, "generation_options", lambda *given: Options(2, draft="off"))
+    monkeypatch.setattr(shared, "checked_options", lambda *given: Options(2, draft="off"))
     asked = {"--model": "{model}", "--json": None, "--max-tokens": "9", "": "hi"}
     with pytest.raises(AssertionError):
         run("generate", asked, places)

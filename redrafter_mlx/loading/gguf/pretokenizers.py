@@ -2,6 +2,7 @@
 
 The names stand in a GGUF as `tokenizer.ggml.pre`; the patterns are those of the models' own tokenizers, applied one
 after the other to the pieces that the one before leaves. llama.cpp's `src/llama-vocab.cpp` lists which model has which.
+For "gpt-4o" and "tekken" it leaves combining marks out of words, as in Thai; the models' own patterns have them in.
 """
 
 from __future__ import annotations
