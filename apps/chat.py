@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from redrafter_mlx.prompts import check_text
 
 from . import options as opt
 from .chat_commands import Chat, run_command
-from .console import GaveUpNote, columns, note, note_missing_drafter
+from .console import GaveUpNote, columns, note, note_missing_drafter, write_answer
 from .generate import summary
 from .piped import read_line
 from .terminal import StatusLine, has_color, is_terminal
@@ -27,6 +28,8 @@ Reader = Callable[[str], str]
 def chat(  # noqa: PLR0913  (typer: one argument per option)
     model: opt.ModelOption = opt.DEFAULT_MODEL,
     drafter: opt.DrafterOption = None,
+    lookup: opt.LookupOption = True,
+    history: opt.HistoryOption = None,
     draft: opt.DraftOption = "auto",
     max_tokens: opt.MaxTokensOption = 512,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -60,9 +63,11 @@ def chat(  # noqa: PLR0913  (typer: one argument per option)
     from .defaults import chat_sampling
 
     path = saved.last() if resume else None
-    loaded = opt.load_model(model, drafter)
+    if is_terminal():
+        note(f"loading {model}")
+    loaded = opt.load_model(model, drafter, lookup, history)
     settings = opt.with_sampling(options, chat_sampling(model, given))
-    talk = Chat(Conversation(loaded, settings, system), model, drafter, path)
+    talk = Chat(Conversation(loaded, settings, system), model, lookup, history, path)
     if path is not None:
         talk.load(path)
         note(f"{len(talk.conversation.messages) // 2} exchanges of {path}")
@@ -79,7 +84,7 @@ def run(chat: Chat) -> None:
 
         chat.path = chat.path or saved.new_name()
         note(f"{chat.model}: /help for help, Ctrl-C stops an answer, Ctrl-D leaves")
-        read = message_reader(lambda: _status(chat))
+        read = message_reader(lambda: _toolbar(chat))
     _converse(chat, read)
 
 
@@ -131,7 +136,7 @@ def _turn(chat: Chat, text: str) -> None:
     # closed here, also by a second Ctrl-C, so that history and cache hold what was said
     with _ctrl_c() as pressed, closing(stream), _view(chat) as (write, status):
         for chunk in stream:
-            write(chunk.text, chunk.from_draft)
+            write(chunk.text, chunk.source)
             if status is not None:
                 status.show(chunk.stats)
             finish = chunk.finish_reason
@@ -146,14 +151,14 @@ def _turn(chat: Chat, text: str) -> None:
 
 
 @contextmanager
-def _view(chat: Chat) -> Iterator[tuple[Callable[[str, bool], None], StatusLine | None]]:
+def _view(chat: Chat) -> Iterator[tuple[Callable[[str, str | None], None], StatusLine | None]]:
     """What writes an answer: styled above a status line in a terminal, as it is elsewhere."""
-    from .markdown import MarkdownStream, visible
+    from .markdown import MarkdownStream
 
     if not is_terminal() or not has_color():
 
-        def plain(text: str, from_draft: bool) -> None:
-            print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+        def plain(text: str, source: str | None) -> None:
+            write_answer(text)
 
         try:
             yield plain, None
@@ -196,9 +201,21 @@ def _ctrl_c() -> Iterator[list[int]]:
 def _status(chat: Chat) -> str:
     stats = chat.conversation.last
     if stats is None:
-        return f"{chat.model}, draft {chat.conversation.settings.draft}"
+        return "nothing was said"
     used, limit = stats.prompt_tokens + stats.generated_tokens, chat.conversation.model.target.max_length
     return f"{summary([stats])}, context {used}{f' of {limit}' if limit else ''}"
+
+
+def _toolbar(chat: Chat) -> str:
+    talk = chat.conversation
+    parts = [
+        Path(chat.model).name,
+        f"draft {talk.settings.draft}",
+        f"temperature {talk.settings.sampling.temperature:g}",
+    ]
+    if chat.attached:
+        parts.append(f"{len(chat.attached)} attached")
+    return ", ".join([*parts, "/help"])
 
 
 def _read_line(begin: str = "") -> str:

@@ -16,7 +16,7 @@ from redrafter_mlx.prompts import decode_text
 
 from . import options as opt
 from . import saved
-from .console import columns, note
+from .console import columns, note, note_missing_drafter
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -29,7 +29,9 @@ class Chat:
     conversation: Conversation
     model: str = ""
     """as `--model` has it"""
-    drafter: str | None = None
+    lookup: bool = True
+    history: Path | None = None
+    """as `--lookup` and `--history` have them, for another model"""
     path: Path | None = None
     """where every answer is saved; None: nowhere"""
     shows_drafts: bool = True
@@ -179,9 +181,12 @@ def _model(chat: Chat, rest: str) -> None:
 
     talk = chat.conversation
     if rest:
-        loaded = opt.load_model(rest, None)
+        loaded = opt.load_model(rest, None, chat.lookup, chat.history)
         new = Conversation(loaded, talk.settings, talk.system, messages=list(talk.messages))
-        chat.conversation, chat.model, chat.drafter = new, rest, None
+        chat.conversation, chat.model = new, rest
+        note_missing_drafter(
+            loaded, talk.settings.draft if isinstance(talk.settings.draft, str) else "", None
+        )
     drafter = "no drafter" if chat.conversation.model.drafter is None else "a drafter"
     note(f"{chat.model}, with {drafter}")
 

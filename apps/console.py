@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -70,6 +71,18 @@ def columns() -> int:
         except (AttributeError, OSError, ValueError):
             continue
     return 80
+
+
+def visible(text: str) -> str:
+    """The text without control characters, by which a model could move the cursor or worse; line ends and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+
+
+def write_answer(text: str) -> None:
+    """Print a piece of an answer at once: as it is into a file or pipe, what is visible of it in a terminal."""
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def note(text: str) -> None:

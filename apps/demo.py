@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as opt
+from .console import write_answer
 from .piped import read_prompt
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def mark_drafted(stream: Iterable[Chunk], color: bool) -> None:
         if chunk.text and chunk.source != source:
             print(_marks(source, color)[1] + _marks(chunk.source, color)[0], end="")
             source = chunk.source
-        print(chunk.text, end="", flush=True)
+        write_answer(chunk.text)
     print(_marks(source, color)[1], end="\n\n", flush=True)
 
 

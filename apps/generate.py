@@ -14,7 +14,7 @@ import typer
 from redrafter_mlx.prompts import Request, check_text, read_requests
 
 from . import options as opt
-from .console import GaveUpNote, note_missing_drafter
+from .console import GaveUpNote, note_missing_drafter, write_answer
 from .piped import note_if_ignored, read_prompt
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _write_text(index: int, request: Request, stream: Iterator[Chunk]) -> Stats:
     if index:
         print()
     for chunk in stream:
-        print(chunk.text, end="", flush=True)
+        write_answer(chunk.text)
     print(flush=True)
     return chunk.stats
 

@@ -8,14 +8,17 @@ anything else the source is shown.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich.cells import cell_len
 
+from .console import visible
+
 RESET = "\x1b[0m"
-BOLD, DIM, ITALIC, GREEN, CYAN = "1", "2", "3", "32", "36"
+BOLD, DIM, ITALIC, CODE = "1", "2", "3", "33"
+_DRAFTED, _COLORS = "32", {"lookup": "36"}
+"""Green what a drafter drafted and cyan what was looked up, as in `demo`."""
 
 LONGEST_WORD = 24
 """Characters of a word that are held back, as it may have to go to the next line."""
@@ -25,13 +28,6 @@ _MARKER = re.compile(r"(\*\*|__|`|\*|_)")
 _LIST_ITEM = re.compile(r"(?:[-*+]|\d{1,3}[.)])$")
 
 
-def visible(text: str) -> str:
-    """The text without control characters, by which it could move the cursor or worse; line ends and tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(c if c in "\n\t" or not unicodedata.category(c) == "Cc" else "\ufffd" for c in text)
-
-
 @dataclass
 class MarkdownStream:
     """Gets an answer in pieces and writes it styled.
@@ -39,14 +35,14 @@ class MarkdownStream:
     Args:
         write: takes text for the terminal.
         width: the terminal's columns at present.
-        shows_drafts: color accepted draft tokens.
+        shows_drafts: color accepted draft tokens by what drafted them.
     """
 
     write: Callable[[str], None]
     width: Callable[[], int]
     shows_drafts: bool = True
-    _word: list[tuple[str, bool]] = field(default_factory=list)
-    """The characters of the word that is not complete yet, each with whether it was drafted."""
+    _word: list[tuple[str, str | None]] = field(default_factory=list)
+    """The characters of the word that is not complete yet, each with what drafted it."""
     _column: int = 0
     _indent: str = ""
     """What begins the next line of a paragraph that is wrapped."""
@@ -61,8 +57,8 @@ class MarkdownStream:
     _inline: dict[str, str] = field(default_factory=dict)
     """Open inline markers and their styles."""
 
-    def add(self, text: str, from_draft: bool = False) -> None:
-        """Write what of the answer so far has become complete words."""
+    def add(self, text: str, source: str | None = None) -> None:
+        """Write what of the answer so far has become complete words; `source` drafted this piece."""
         for character in visible(text):
             if character == "\n":
                 self._end_word()
@@ -71,7 +67,7 @@ class MarkdownStream:
                 self._end_word()
                 self._gap += character
             else:
-                self._word.append((character, from_draft))
+                self._word.append((character, source))
                 if (self._in_fence and not self._may_be_fence()) or self._is_long(character):
                     self._end_word()
 
@@ -111,13 +107,13 @@ class MarkdownStream:
             self._is_line_start = False
             if text.startswith("```"):
                 self._in_fence = not self._in_fence
-                self._put(gap, [(text, False, {DIM})])
+                self._put(gap, [(text, None, {DIM})])
                 return
             if not self._in_fence and self._begin_line(text, gap):
                 self._skips_gap = True
                 return
         if self._in_fence:
-            self._put(gap, [(character, drafted, {CYAN}) for character, drafted in word])
+            self._put(gap, [(character, source, {CODE}) for character, source in word])
         else:
             self._put_word(gap, word)
 
@@ -126,34 +122,34 @@ class MarkdownStream:
         if re.fullmatch(r"#{1,6}", text):
             self._line.add(BOLD)
         elif text in ("---", "***", "___"):
-            self._put("", [("─" * max(1, self.width() - 1), False, {DIM})])
+            self._put("", [("─" * max(1, self.width() - 1), None, {DIM})])
         elif text == ">":
             self._indent = f"{gap}│ "
             self._line.update((DIM, ITALIC))
-            self._put("", [(self._indent, False, {DIM})])
+            self._put("", [(self._indent, None, {DIM})])
         elif _LIST_ITEM.fullmatch(text):
             mark = "•" if text in "-*+" else text
             self._indent = gap + " " * (cell_len(mark) + 1)
-            self._put(gap, [(f"{mark} ", False, set())])
+            self._put(gap, [(f"{mark} ", None, set())])
         else:
             return False
         return True
 
-    def _put_word(self, gap: str, word: list[tuple[str, bool]]) -> None:
+    def _put_word(self, gap: str, word: list[tuple[str, str | None]]) -> None:
         """A word of running text, wrapped at the width, its inline markers taken out."""
-        cells: list[tuple[str, bool, set[str]]] = []
+        cells: list[tuple[str, str | None, set[str]]] = []
         at = 0
         for piece in _MARKER.split("".join(character for character, _ in word)):
             if self._is_marker(piece, at, len(word)):
                 self._toggle(piece)
             else:
                 styles = {*self._inline.values(), *self._line}
-                cells += [(character, drafted, styles) for character, drafted in word[at : at + len(piece)]]
+                cells += [(character, source, styles) for character, source in word[at : at + len(piece)]]
             at += len(piece)
         size = cell_len("".join(character for character, _, _ in cells))
         if self._column > cell_len(self._indent) and self._column + cell_len(gap) + size >= self.width():
             self._break()
-            self._put("", [(self._indent, False, self._line)])
+            self._put("", [(self._indent, None, self._line)])
             gap = ""
         self._put(gap, cells)
 
@@ -167,15 +163,17 @@ class MarkdownStream:
         return piece in ("`", "**") or (at_edge and size > len(piece))
 
     def _toggle(self, marker: str) -> None:
-        style = {"`": CYAN, "**": BOLD, "__": BOLD}.get(marker, ITALIC)
+        style = {"`": CODE, "**": BOLD, "__": BOLD}.get(marker, ITALIC)
         if self._inline.pop(marker, None) is None:
             self._inline[marker] = style
 
-    def _put(self, gap: str, cells: list[tuple[str, bool, set[str]]]) -> None:
-        """Write texts, each with whether it was drafted and its styles; runs of a style share their escape sequence."""
+    def _put(self, gap: str, cells: list[tuple[str, str | None, set[str]]]) -> None:
+        """Write texts, each with what drafted it and its styles; runs of a style share their escape sequence."""
         out, open_codes = gap, ""
-        for text, drafted, styles in cells:
-            wanted = {GREEN, *styles} - {CYAN} if drafted and self.shows_drafts else styles
+        for text, source, styles in cells:
+            wanted = styles
+            if source is not None and self.shows_drafts:
+                wanted = {_COLORS.get(source, _DRAFTED), *styles} - {CODE}
             codes = ";".join(sorted(wanted))
             if codes != open_codes:
                 out += (RESET if open_codes else "") + (f"\x1b[{codes}m" if codes else "")

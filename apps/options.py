@@ -25,8 +25,8 @@ DrafterOption = Annotated[
     str | None,
     typer.Option(
         "--drafter",
-        help="Drafter folder or Hugging Face id; lookup: only what is looked up in the text; none: no drafts. "
-        "Default: the model's own.",
+        help="Drafter folder or Hugging Face id; lookup: only what is looked up in the text; none: no drafts; "
+        "published: fetch the one published for the model. Default: the model's own.",
     ),
 ]
 HistoryOption = Annotated[

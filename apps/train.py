@@ -23,6 +23,10 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         Path | None,
         typer.Option(help="Train on the text.npz of an earlier run instead of generating new answers."),
     ] = None,
+    from_history: Annotated[
+        Path | None,
+        typer.Option(help="Train on the answers of your own use that `generate --history FOLDER` has kept."),
+    ] = None,
     self_prompt: Annotated[
         int | None,
         typer.Option(
@@ -124,8 +128,9 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         raise ValueError("--start-from keeps that drafter's shape, so it takes no --exit-dim and no --layers")
     if draft_vocab is not None and draft_vocab < 0:
         raise ValueError(f"--draft-vocab must be 0 (all) or more, not {draft_vocab}")
-    if text is not None and max_tokens is not None:
-        raise ValueError(f"--max-tokens is for answers to be written, and --text {text} has them")
+    given = text or from_history
+    if given is not None and max_tokens is not None:
+        raise ValueError(f"--max-tokens is for answers to be written, and {given} has them")
     if push_to_hub:
         _check_hub(push_to_hub)
     shape = Shape(exit_dim)
@@ -138,7 +143,8 @@ def train(  # noqa: PLR0913  (typer: one argument per option)
         model=model_argument(model),
         prompts=prompts,
         text=text,
-        num_answers=1000 if self_prompt is None and minutes is None and text is None else self_prompt,
+        from_history=from_history,
+        num_answers=1000 if self_prompt is None and minutes is None and given is None else self_prompt,
         minutes=minutes,
         exclude=exclude,
         context_layers=_context_layers(context_layers),

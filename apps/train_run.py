@@ -36,6 +36,7 @@ def run_training(model: Model, request: Request, inputs: Inputs, wishes: Wishes)
     """
     from redrafter_mlx.train.run import check_target, make_trainer
 
+    inputs = inputs.with_history(request, model.target, model.tokenizer)
     check_target(model.target, request, inputs)
     with View() as view:
         try:
@@ -131,7 +132,7 @@ def _finish(view: View, model: Model, trainer: Trainer, request: Request, wishes
         plot(out / "metrics.jsonl", out / "metrics.png")
     except ValueError as error:
         view.say(f"no plot: {error}")
-    if request.text is None and request.prompts is None:
+    if not request.has_text and request.prompts is None:
         SavedAnswers.of(shards).save(out / "text.npz")
     copies = [None, request.bits] if request.bits else [None]
     for number, bits in enumerate(copies):
@@ -180,7 +181,7 @@ def _upload(folder: Path, model: str, name: str) -> None:
     from huggingface_hub import HfApi
 
     from redrafter_mlx.drafters.kinds import load_recurrent
-    from redrafter_mlx.train.card import card
+    from redrafter_mlx.train.card import hub_card, index_line
 
     api = HfApi()
     api.create_repo(name, exist_ok=True)
@@ -189,6 +190,10 @@ def _upload(folder: Path, model: str, name: str) -> None:
             (Path(staged) / file.name).symlink_to(file.resolve())
         readme = Path(staged) / "README.md"
         readme.unlink(missing_ok=True)
-        readme.write_text(card(load_recurrent(folder).config, model, name))
-        api.upload_folder(repo_id=name, folder_path=Path(staged))
+        readme.write_text(hub_card(load_recurrent(folder).config, model, name))
+        done = api.upload_folder(repo_id=name, folder_path=Path(staged))
     typer.echo(f"uploaded to https://huggingface.co/{name}")
+    typer.echo(
+        "To have it found by the name of its target, propose this line for "
+        f"redrafter_mlx/assets/drafters/index.json: {index_line(model, name, done.oid)}"
+    )

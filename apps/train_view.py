@@ -117,10 +117,10 @@ class WritingView:
             share = elapsed / (elapsed + seconds)
             left = duration(seconds) + " left"
         what = {"questions": "questions", "answers": "answers", "states": "answers read"}[tally.phase]
-        of_batch = f"{what} {tally.batch_ended}/{tally.batch_size}, " if tally.batch_size else ""
-        note = f"{of_batch}{tally.positions:,} tokens to train on, {speed:.0f}/s, {left}"
-        if tally.phase == "questions" and not tally.saved_answers:
-            note = f"{of_batch}{tally.question_tokens:,} tokens, {speed:.0f}/s, {left}"
+        of_batch = f", {what} {tally.batch_ended}/{tally.batch_size}" if tally.batch_size else ""
+        asking = tally.phase == "questions" and not tally.saved_answers
+        tokens = f"{tally.question_tokens:,} tokens" if asking else f"{tally.positions:,} tokens to train on"
+        note = f"{left}{of_batch}, {tokens}, {speed:.0f}/s"
         self._view.show("writing", share, note)
 
 

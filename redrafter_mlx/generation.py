@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from .auto import Auto, Learned, cost_table
-from .decode import Text, decode, prefill, rows_shown
+from .decode import Text, decode, prefill
 from .drafters.history import History
 from .drafters.interface import Drafter, Seen
 from .drafters.lookup import Lookup
+from .offers import rows_shown
 from .policy import Fixed, Off, Policy
 from .prompts import Prompt, encode_prompt
 from .sampling import Sampling

@@ -88,7 +88,7 @@ def test_what_it_says_before_and_after(
     assert "Here, now: writing about 864 tokens takes under a minute, training" in before
     assert "tokens per step with one beam of 5, by the curve measured" in before
     assert "warning: this run is too small to pay: about 864 tokens" in before
-    assert "writing 0%: questions 0/15" in before and "training 100%" in before
+    assert "left, questions 0/15" in before and "training 100%" in before
     assert "x plain decoding" in said.out and "the same tokens" in said.out
     for name in ("float16", "8bit"):
         card = (out / name / "README.md").read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from apps import chat as chat_module
+from apps import console
 from apps.chat_commands import Chat, run_command
 from apps.cli import main
 from apps.conversation import Conversation
@@ -184,7 +185,7 @@ def test_a_second_ctrl_c_while_text_is_printed_keeps_what_was_said(
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(chat_module, "print", impatient, raising=False)
+    monkeypatch.setattr(console, "print", impatient, raising=False)
     monkeypatch.setattr("sys.stdin", io.StringIO("first\n"))
     chat_module.run(Chat(conversation))
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"]

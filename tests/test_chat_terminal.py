@@ -40,8 +40,10 @@ class Terminal:
         master, slave = pty.openpty()
         self._master = master
         self.resize(COLUMNS, ROWS)
+        # A terminal says where its cursor is when it is asked.
+        self._screen.write_process_input = lambda data: os.write(master, data.encode())
         environment = {
-            **os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "REDRAFTER_CACHE": str(cache)
+            **os.environ, "TERM": "xterm-256color", "REDRAFTER_CACHE": str(cache)
         }  # fmt: skip
         environment.pop("NO_COLOR", None)
         self.process = subprocess.Popen(
@@ -147,7 +149,8 @@ def test_three_turns_saved_and_picked_up(
 ) -> None:
     chat = terminals("-m", model)
     words = chat.wait(_asks).split()
-    assert {"decodes", "plainly:", "answer,", "leaves"} <= set(words), "notes break between words"
+    chat.wait(lambda screen: "draft auto, temperature 0" in screen.splitlines()[-1])  # the toolbar
+    assert {"/help", "answer,", "Ctrl-D", "leaves"} <= set(words), "notes break between words"
     chat.say("hello", "abc.")
     chat.say("more", "reused")
     chat.say("\x1b[200~two\rpasted lines\x1b[201~", "reused")

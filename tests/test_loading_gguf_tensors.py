@@ -141,3 +141,16 @@ def test_other_types_are_packed_anew(tmp_path: Path, kind: str) -> None:
     assert error.largest == pytest.approx(np.abs(got - groups).max(), rel=1e-6)
     assert error.absolute / error.count == pytest.approx(np.abs(got - groups).mean(), rel=1e-4)
     assert "mean error" in str(error) and "largest" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["Q5_1", "Q6_K"])
+def test_pieces_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    place, _ = stored(tmp_path, kind)
+    whole_error, error = PackingError(), PackingError()
+    whole = repack(place, SHAPE, kind, whole_error)
+    monkeypatch.setattr("redrafter_mlx.loading.gguf.tensors.PIECE", 1100)  # two rows
+    packed = repack(place, SHAPE, kind, error)
+    for name, array in whole.parts.items():
+        assert mx.array_equal(packed.parts[name], array)
+    assert (error.count, error.largest) == (whole_error.count, whole_error.largest)
+    assert error.absolute == pytest.approx(whole_error.absolute, rel=1e-9)

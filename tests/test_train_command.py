@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_killed_twice_it_ends_as_if_never_killed(
         (["--loss", "mse"], "--loss must be one of kl, tv, lk, gumbel, not 'mse'"),
         (["--depth-weights", "flat"], "--depth-weights must be one of decay, dpace, not 'flat'"),
         (["--loss", "tv", "--soft", "0.5"], "soft 0.5 is for the loss kl; tv has its own mixture"),
-        (["--text", "text.npz"], "--max-tokens is for answers to be written, and --text text.npz has them"),
+        (["--text", "text.npz"], "--max-tokens is for answers to be written, and text.npz has them"),
         (["--minutes", "5"], "give a number of answers (--self-prompt) or a time (--minutes), not both"),
         (
             ["--max-tokens", "500"],
@@ -235,20 +236,26 @@ def test_the_drafter_goes_to_the_hub(
     import huggingface_hub
 
     calls: list[tuple[str, object]] = []
+    cards: list[str] = []
 
     class Api:
         def create_repo(self, name: str, exist_ok: bool) -> None:
             calls.append((name, exist_ok))
 
-        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+        def upload_folder(self, repo_id: str, folder_path: Path) -> SimpleNamespace:
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+            cards.append((folder_path / "README.md").read_text())
+            return SimpleNamespace(oid="0123456789" * 4)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
     command = [*arguments(folder, tmp_path / "out"), "--epochs", "1", "--push-to-hub", "me/drafter"]
     assert main(command) == 0
     assert calls == [("me/drafter", True), ("me/drafter", ["README.md", "config.json", "model.safetensors"])]
-    assert "huggingface.co/me/drafter" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "huggingface.co/me/drafter" in out
+    assert f'"{folder.name}": {{"repo": "me/drafter", "revision": "{"0123456789" * 4}"}}' in out
+    assert cards[0].startswith("---\nlibrary_name: mlx\n") and "--drafter me/drafter" in cards[0]
 
 
 def test_a_target_without_a_chat_template(

@@ -58,6 +58,11 @@ class History:
             )
         return [part[:-1].tolist() for part in np.split(tokens, np.flatnonzero(tokens == END) + 1)[:-1]]
 
+    @property
+    def texts(self) -> list[list[int]]:
+        """The token ids of every text, the oldest first."""
+        return [list(text) for text in self._texts]
+
     def add(self, text: Sequence[int]) -> None:
         """Keep a text: the tokens of a prompt and its answer. One that goes on an earlier one takes its place.
 

@@ -32,9 +32,9 @@ from .config import eos_token_ids, max_length, turn_end
 from .folder import load_folder
 from .gguf import find_gguf, load_gguf
 from .hub import locate
+from .published import PUBLISHED, known_drafter, published_drafter
 
 ACCEPTS = f"{default_model.NAME}, a .gguf file, a folder"
-SHIPPED_DRAFTERS = Path(__file__).parent.parent / "assets" / "drafters"
 
 
 def load(
@@ -51,8 +51,8 @@ def load(
     Args:
         target: default model's name, `.gguf` file, mlx-lm folder or Hugging Face id.
         drafter: drafter folder or Hugging Face id; "lookup" for what is looked up in the text alone; "none" for no
-            drafts at all. By default the one shipped for the default model, or a `drafter` folder inside a local
-            target's folder.
+            drafts at all; "published" to fetch the one that is published for this target (see `published`). By default
+            the one shipped or fetched before, or a `drafter` folder inside a local target's folder.
         lookup: also draft what has stood in the text before.
         history: folder in which the tokens of prompts and answers are kept between runs (at most 200,000), to be looked
             up in as well. By default nothing is kept.
@@ -137,13 +137,15 @@ def _drafter_folder(target: str, drafter: str | Path | None) -> Path | None:
     if drafter is not None:
         if str(drafter) in ("none", "lookup"):
             return None
+        if str(drafter) == PUBLISHED:
+            return published_drafter(target)
         folder = locate(str(drafter), "drafter", "a folder")
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"no drafter at {str(drafter)!r}: give a folder, or owner/name on Hugging Face"
             )
         return folder
-    candidates = [Path(target).expanduser() / "drafter"]
-    if Path(target).name == target:  # a name; joining an absolute path would give that path itself
-        candidates.insert(0, SHIPPED_DRAFTERS / target)
-    return next((path for path in candidates if (path / "config.json").is_file()), None)
+    path = Path(target).expanduser()
+    if target == default_model.NAME or not path.exists():
+        return known_drafter(target)
+    return path / "drafter" if (path / "drafter" / "config.json").is_file() else None

@@ -39,7 +39,7 @@ class _TimedText(Text):
     def queue_draft(self, position: mx.array, low: int, slack: int = 0, unread: int = 0) -> None:
         self.end("accept", [*self.output, self.root, self.context])
         super().queue_draft(position, low, slack, unread)
-        self.end("draft", self.draft_output)
+        self.end("draft", self.offers.output)
 
     def keep(self, path: list[int]) -> None:
         super().keep(path)
@@ -71,13 +71,13 @@ def ops_per_step(model: Model, prompt: list[int], draft: str, sampling: Sampling
     policy = make_policy(model, draft, sampling.is_greedy)
     text = Text(target, model.drafter, cache, policy, sampling, prompt, max_tokens=1)  # none launched ahead
     prefill(target, text, prompt)
-    mx.eval(text.root, text.context, text.draft_output, cache.arrays())
+    mx.eval(text.root, text.context, text.offers.output, cache.arrays())
     with mock.patch.object(
         mx, "async_eval", lambda *arrays: None
     ):  # else the graph is gone before it is counted
         text.accept(target.verify(text.tree(), cache))
     graph = io.StringIO()
-    mx.export_to_dot(graph, *text.output, *text.draft_output)
+    mx.export_to_dot(graph, *text.output, *text.offers.output)
     mx.eval(text.output)
     return graph.getvalue().count("shape=rectangle")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,30 @@ Made by `redrafter train`. Use it with
 |---|---|
 {table}
 """
+
+
+def hub_card(config: DrafterConfig, model: str, repo: str) -> str:
+    """The card for Hugging Face: with the fields by which the hub finds it.
+
+    Args:
+        model: see `model_argument`; the id of a repository becomes the base model.
+        repo: owner/name of the drafter.
+    """
+    fields = ["library_name: mlx", "tags: [redrafter-mlx, speculative-decoding, drafter]"]
+    if is_repository(model):
+        fields.append(f"base_model: {model}")
+    return "---\n" + "\n".join(fields) + "\n---\n\n" + card(config, model, repo)
+
+
+def index_line(model: str, repo: str, revision: str) -> str:
+    """The entry of `assets/drafters/index.json` that lets `load` find a published drafter by its target."""
+    name = model if is_repository(model) else Path(model).name
+    return f"{json.dumps(name)}: {json.dumps({'repo': repo, 'revision': revision})}"
+
+
+def is_repository(model: str) -> bool:
+    """True for `owner/name`, as `--model` takes it."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) is not None
 
 
 def _weights(config: DrafterConfig) -> str:

@@ -8,6 +8,7 @@ what there is of it (`begun-00000-questions-0.npz`, `begun-00000-answers.npz`).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ import numpy as np
 
 from redrafter_mlx.target import Target
 
-from .generate import Control, Row, generate_batch, states
+from .generate import Control, Row, generate_batch, is_greedy, states
 from .journal import Journal
 from .prompts import ChatFormat, Messages, PromptFilter, self_prompts, tokenize, user_text
 from .recipe import Recipe
+from .rows import Answer
 from .shards import SavedAnswers, ShardText, contexts_path, list_shards, read_shard, save_shard, shard_path
 from .tally import Tally
 
@@ -130,15 +132,32 @@ class Generator:
                 if watch.is_over(tally) or not self._has_room():
                     break
                 prompts = [text.prompts[i] for i in rows]
-                asked = [tokenize(self.tokenizer, [{"role": "user", "content": p}]) for p in prompts]
+                asked = [self._before(text, i) for i in rows]
                 tally.begin("states", len(rows))
                 control = _control(tally, watch)
                 written = states(self.target, asked, answers, control.on_step)
-                save_shard(path, prompts, [text.temperatures[i] for i in rows], written)
+                temperatures = [text.temperatures[i] for i in rows]
+                save_shard(path, prompts, self._known(temperatures, written), written)
             tally.save(len(rows), sum(map(len, answers)))
             used.append(path)
             watch.on_step(tally)
         return used
+
+    def _before(self, text: SavedAnswers, index: int) -> list[int]:
+        """The tokens before an answer."""
+        if text.asked is not None:
+            return text.asked[index]
+        return tokenize(self.tokenizer, [{"role": "user", "content": text.prompts[index]}])
+
+    def _known(self, temperatures: Sequence[float], answers: Sequence[Answer]) -> list[float]:
+        """The temperatures, those that are not known being 0 where every token was the most likely one, else 1."""
+        if not any(map(math.isnan, temperatures)):
+            return list(temperatures)
+        rows = self.target.output_rows()
+        return [
+            (0.0 if is_greedy(answer, rows) else 1.0) if math.isnan(temperature) else temperature
+            for temperature, answer in zip(temperatures, answers, strict=True)
+        ]
 
     def _distinct(self, text: SavedAnswers) -> list[int]:
         """Which answers to use: the first of equal ones, and none to an excluded prompt."""

@@ -230,3 +230,21 @@ def states(
         if on_step is not None:
             on_step(sum(len(answers[index]) for index in chosen), len(lengths) - len(order))
     return out
+
+
+ROUNDING = 0.05
+"""Of the logits' deviation, by which a context in float16 may let another token pass the most likely one."""
+
+
+def is_greedy(answer: Answer, rows: mx.array) -> bool:
+    """True if every token was the most likely one in its context, up to rounding.
+
+    Args:
+        answer: with contexts.
+        rows: (V, H) of the target's output embedding.
+    """
+    hidden = mx.array(np.stack(answer.contexts))[:, : rows.shape[1]].astype(rows.dtype)
+    logits = hidden @ rows.T  # (n, V)
+    chosen = mx.take_along_axis(logits, mx.array(answer.tokens)[:, None], axis=-1)
+    gap = logits.max(axis=-1, keepdims=True) - chosen
+    return bool(mx.all(gap <= ROUNDING * mx.std(logits, axis=-1, keepdims=True)).item())

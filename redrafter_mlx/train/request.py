@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -15,6 +16,7 @@ from redrafter_mlx.drafters.recurrent import DrafterConfig, RecurrentDrafter
 from redrafter_mlx.target import Target
 
 from .checkpoint import check_identity, read_identity
+from .history import read_history
 from .prompts import Messages, read_excluded, read_prompts
 from .recipe import Recipe
 from .settings import Origin, Settings, identity
@@ -99,6 +101,8 @@ class Request:
     """File or folder of prompts; None: the target writes its own."""
     text: Path | None = None
     """Answers that the target generated before (see `SavedAnswers`), used instead of new ones."""
+    from_history: Path | None = None
+    """Folder of a history of one's own use, whose answers are used instead of new ones."""
     num_answers: int | None = 1000
     """Number of answers to generate; with `prompts`, at most one per prompt; with `text`, the first ones of it. None:
     as many as `minutes` allow, or as the text has."""
@@ -141,16 +145,23 @@ class Request:
 
     def _check_amount(self) -> None:
         """Check that one thing decides how much text there is."""
-        if self.text and self.prompts:
-            raise ValueError(f"give --text {self.text} or --prompts {self.prompts}, not both")
-        if self.text and self.minutes is not None:
-            raise ValueError(f"--minutes decides how much text is written, and --text {self.text} gives it")
+        options = (("--text", self.text), ("--from-history", self.from_history), ("--prompts", self.prompts))
+        given = [f"{name} {path}" for name, path in options if path is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}")
+        if self.has_text and self.minutes is not None:
+            raise ValueError(f"--minutes decides how much text is written, and {given[0]} gives it")
         if self.num_answers is not None and self.num_answers < 1:
             raise ValueError(f"the number of answers must be at least 1, not {self.num_answers}")
         if self.minutes is not None and self.num_answers is not None:
             raise ValueError("give a number of answers (--self-prompt) or a time (--minutes), not both")
-        if self.num_answers is None and self.minutes is None and self.text is None:
+        if self.num_answers is None and self.minutes is None and not self.has_text:
             raise ValueError("how much text to write must be given: --self-prompt or --minutes")
+
+    @property
+    def has_text(self) -> bool:
+        """True if no text is to be written."""
+        return self.text is not None or self.from_history is not None
 
     def recipe(self, target: str, layers: tuple[int, ...], prompts: str) -> Recipe:
         """How the text is generated."""
@@ -181,6 +192,8 @@ class Inputs:
         prompts = read_prompts(request.prompts) if request.prompts else []
         text = SavedAnswers.load(request.text).first(request.num_answers) if request.text else None
         excluded = read_excluded(request.exclude) if request.exclude else []
+        if request.from_history is not None and not request.from_history.is_dir():
+            raise FileNotFoundError(f"--from-history: no folder {request.from_history}")
         start = None if request.start_from is None else _read_start(request)
         digest = None if request.start_from is None else _digest(request.start_from / WEIGHTS)
         origin = Origin(request.model, digest, request.num_answers)
@@ -190,6 +203,19 @@ class Inputs:
         inputs = cls(prompts, text, excluded, start, origin)
         inputs._check_enough(request)
         return inputs
+
+    def with_history(self, request: Request, target: Target, tokenizer: Any) -> Inputs:
+        """With the answers of the request's history, which belongs to a target; as it is where none is asked for.
+
+        Raises:
+            FileNotFoundError, ValueError: see `read_history`; so little text that it cannot fill a batch.
+        """
+        if request.from_history is None:
+            return self
+        text = read_history(request.from_history, target, tokenizer).first(request.num_answers)
+        found = replace(self, text=text)
+        found._check_enough(request)
+        return found
 
     def expected_answers(self, request: Request) -> int | None:
         """Answers that the run will have, at most; None where time decides."""
@@ -202,7 +228,7 @@ class Inputs:
     def _check_enough(self, request: Request) -> None:
         """Refuse a run whose text cannot fill one batch, before any of it is written."""
         answers = self.expected_answers(request)
-        if answers is None:
+        if answers is None or (request.from_history is not None and self.text is None):
             return
         most = answers * request.max_tokens if self.text is None else self.text.num_tokens
         needed = request.settings.positions

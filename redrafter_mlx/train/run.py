@@ -50,6 +50,8 @@ def check_target(target: Target, request: Request, inputs: Inputs) -> None:
             f"tokens that {target.name} is made for, and {request.max_tokens} do not"
         )
     target.check_tree()
+    if not target.drafts.chains:
+        raise ValueError(f"{target.name} cannot be drafted for, so a drafter is of no use: {target.drafts.reason}")
     width = start.config.exit_dim if start else request.shape.exit_dim or default_exit_dim(target.hidden_size)
     if request.bits is not None:
         group_size(target.hidden_size, width)
@@ -64,7 +66,7 @@ def write_data(
         ValueError: see `Generator`.
     """
     asked = inputs.prompts[: request.num_answers]
-    if inputs.text is not None:
+    if inputs.text is not None and inputs.text.asked is None:
         asked = [[{"role": "user", "content": prompt}] for prompt in inputs.text.prompts]
     check_prompts(tokenizer, asked)
     recipe = request.recipe(target.name, target.context_layers, inputs.fingerprint())

@@ -150,7 +150,10 @@ class SavedAnswers:
     prompts: list[str]
     """One turn of a user each."""
     temperatures: list[float]
+    """NaN where it is not known."""
     tokens: list[list[int]]
+    asked: list[list[int]] | None = None
+    """The tokens before each answer, where they are more than its prompt in the chat template; not in the file."""
 
     @classmethod
     def load(cls, path: Path) -> SavedAnswers:
@@ -192,7 +195,8 @@ class SavedAnswers:
 
     def first(self, count: int | None) -> SavedAnswers:
         """The first `count` answers; all for None."""
-        return SavedAnswers(self.prompts[:count], self.temperatures[:count], self.tokens[:count])
+        asked = None if self.asked is None else self.asked[:count]
+        return SavedAnswers(self.prompts[:count], self.temperatures[:count], self.tokens[:count], asked)
 
     @property
     def num_tokens(self) -> int:

@@ -29,6 +29,7 @@ SAMPLING = {
     "--min-p": ["0.1", *NUMBERS], "--seed": ["7", str(2**64 - 1), str(2**64), *NUMBERS],
 }  # fmt: skip
 DRAFT = {"--draft": ["auto", "off", "2x3", "2x3@4", "1x2", "9x9@200", "0x2", "2x1", "2", "", "AUTO", "300x2"]}
+LOOKUP = {"--no-lookup": [], "--history": ["{out}", "{text}"]}
 LOADED = {
     "--model": ["{model}", "{bare}", "{text}", "{missing}", ""],
     "--drafter": ["none", "{drafter}", "{model}", ""],
@@ -38,33 +39,40 @@ TEXT = {"--max-tokens": ["1", "4", "9", "600", "0", "-3", "x"], "--stop": ["a", 
         "--system": ["Be brief.", "", "\udcff"], "--kv-bits": ["4", "8", "3", "x"]}  # fmt: skip
 OUT = ["{out}", "{model}", "{text}/x", ""]
 COMMANDS: dict[str, dict[str, list[str]]] = {
-    "generate": {**LOADED, **DRAFT, **SAMPLING, **PROMPTS, **TEXT, "--raw": [], "--json": [],
+    "generate": {**LOADED, **LOOKUP, **DRAFT, **SAMPLING, **PROMPTS, **TEXT, "--raw": [], "--json": [],
                  "--repetition-penalty": ["1.2", *NUMBERS], "": ["hi", "- dash", "-", "", "caf\udce9", "--"]},
-    "chat": {**LOADED, **DRAFT, **SAMPLING, **TEXT, "--repetition-penalty": ["1.2", *NUMBERS], "--resume": [],
+    "chat": {**LOADED, **LOOKUP, **DRAFT, **SAMPLING, **TEXT, "--repetition-penalty": ["1.2", *NUMBERS], "--resume": [],
              "": ["extra"]},
-    "demo": {**LOADED, **DRAFT, "--max-tokens": TEXT["--max-tokens"], "": ["hi", "", "-", "\udc80"]},
-    "bench": {**LOADED, **DRAFT, **PROMPTS, "--max-tokens": ["2", "4", "1", "600"], "--limit": ["1", "9", "0", "x"],
+    "demo": {**LOADED, **DRAFT, "--no-lookup": [], "--max-tokens": TEXT["--max-tokens"], "": ["hi", "", "-", "\udc80"]},
+    "bench": {**LOADED, **DRAFT, **PROMPTS, "--no-lookup": [], "--each": [],
+              "--max-tokens": ["2", "4", "1", "600"], "--limit": ["1", "9", "0", "x"],
               "--temperature": SAMPLING["--temperature"], "--top-p": SAMPLING["--top-p"], "--seed": ["3", "-1"],
               "--draft-model": ["{model}", "{missing}"], "--context": ["16", "40", "15", "9999"], "--no-mlx-lm": [],
               "--profile": [], "--out": ["{out}"]},
-    "tune": {**LOADED, **PROMPTS, "--limit": ["1", "0", "x"], "--max-tokens": ["8", "7"], "--predict": [],
-             "--plot": ["{out}.png"]},
+    "tune": {**LOADED, **PROMPTS, "--no-lookup": [], "--limit": ["1", "0", "x"], "--max-tokens": ["8", "7"],
+             "--predict": [], "--plot": ["{out}.png"]},
     "train": {"--model": LOADED["--model"], "--out": ["{out}"], "--prompts": PROMPTS["--prompts"],
               "--self-prompt": ["8", "0", "-1", "x"], "--max-tokens": ["8", "0"], "--rows": ["8", "0"],
               "--epochs": ["1", "0", "-1", "nan"], "--batch": ["32", "33", "0"], "--learning-rate": ["1e-3", "nan"],
               "--length": ["3", "1"], "--soft": ["0.5", "2"], "--reach": ["0.5", "-1"], "--exit-dim": ["32", "0"],
               "--layers": ["1", "-1"], "--draft-vocab": ["40", "0", "-1"], "--context-layers": ["none", "0", "99", "x"],
               "--start-from": ["{drafter}", "{missing}"], "--quantize": ["4", "3"], "--text": ["{missing}"],
-              "--patience": ["1", "-1"], "--validate-every": ["5", "0"], "--seed": ["1", "-1"]},
+              "--patience": ["1", "-1"], "--validate-every": ["5", "0"], "--seed": ["1", "-1"],
+              "--minutes": ["0", "nan", "x"], "--allow-small": [], "--exclude": ["{prompts}", "{missing}"],
+              "--disk-budget": ["1", "0", "nan"], "--loss": ["tv", "lk", "gumbel", "x"],
+              "--depth-weights": ["dpace", "x"]},
     "convert drafter": {"": ["{apples}", "{drafter}", "{model}", "{missing}", "{text}", ""], "--out": OUT,
-                        "--target": ["{model}", "{missing}"], "--activation": ["silu", "linear", "relu"],
+                        "--target": ["{model}", "{missing}"], "--verify": ["{model}", "{missing}"],
+                        "--activation": ["silu", "linear", "relu"],
                         "--dtype": ["float16", "float32", "int8"], "--force": []},
     "convert target": {"": ["{model}", "{bare}", "{missing}", "{text}", ""], "--out": OUT, "--quantize": [],
                        "--dequantize": [], "--bits": ["4", "8", "7"], "--group-size": ["32", "64", "33"],
                        "--dtype": ["float16", "bfloat16", "int8"], "--force": []},
     "convert export": {"": ["{drafter}", "{apples}", "{model}", "{missing}", ""], "--out": OUT,
                        "--target": ["{model}", "{missing}"], "--dtype": ["float16", "x"], "--force": []},
-    "convert info": {"": ["{drafter}", "{apples}", "{model}", "{bare}", "{missing}", "{text}", ""]},
+    "convert info": {"": ["{drafter}", "{apples}", "{model}", "{bare}", "{missing}", "{text}", ""],
+                     "--target": ["{model}", "{missing}"]},
+    "convert verify": {"": ["{drafter}", "{apples}", "{model}", "{missing}"], "--target": ["{model}", "{missing}"]},
 }  # fmt: skip
 """Command -> option -> values; none: a flag. "" is the argument without a name, {name} a path of `Places`."""
 
@@ -75,11 +83,12 @@ USUAL = {"--model": "{model}", "--max-tokens": "4", "--prompts": "{prompts}", "-
 NEEDED = {
     "generate": ["--model"], "chat": ["--model"], "demo": ["--model", "--max-tokens"],
     "bench": ["--model", "--max-tokens", "--prompts", "--limit"], "tune": ["--model", "--prompts", "--limit"],
-    "train": ["--model", "--out", "--self-prompt", "--rows", "--epochs", "--batch", "--max-tokens"],
+    "train": ["--allow-small", "--model", "--out", "--self-prompt", "--rows", "--epochs", "--batch", "--max-tokens"],
     "convert drafter": ["--out"], "convert target": ["--out"], "convert export": ["--out"], "convert info": [],
+    "convert verify": [],
 }  # fmt: skip
 WEIGHTS = {"generate": 30, "chat": 15, "demo": 10, "bench": 8, "tune": 2, "train": 6, "convert drafter": 8,
-           "convert target": 8, "convert export": 6, "convert info": 7}  # fmt: skip
+           "convert target": 8, "convert export": 6, "convert info": 5, "convert verify": 3}  # fmt: skip
 
 Drawn = Mapping[str, str | None]
 """Option -> its value; None where it is a flag."""
@@ -120,7 +129,7 @@ def draw(rng: random.Random) -> tuple[str, Drawn]:
     drawn: dict[str, str | None] = {}
     for option, values in COMMANDS[command].items():
         if option in NEEDED[command]:
-            drawn[option] = USUAL[option] if rng.random() < 0.85 else rng.choice(values)
+            drawn[option] = USUAL.get(option) if rng.random() < 0.85 else rng.choice(values or [None])
         elif rng.random() < (0.9 if option == "" and command != "chat" else 0.2):
             drawn[option] = None if not values else values[0] if rng.random() < 0.9 else rng.choice(values)
     if "--prompts" in drawn and rng.random() < 0.7:

@@ -9,7 +9,10 @@ has not are decoded by the `gguf` package.
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +21,8 @@ import numpy as np
 from .reader import TENSOR_TYPES, Place
 
 GROUP_SIZE = 32
+PIECE = 1 << 20
+"""Values that are decoded at once"""
 FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 NATIVE = frozenset({"Q4_0", "Q4_1", "Q8_0", "MXFP4"})
 """Types that stay packed, bit for bit."""
@@ -86,9 +91,12 @@ class PackingError:
 
 def _bytes_of(place: Place, kind: str) -> np.ndarray:
     """A tensor's bytes, (blocks, bytes of a block) uint8, mapped."""
-    size = next(size for name, _, size in TENSOR_TYPES.values() if name == kind)
     data = np.memmap(place.path, dtype=np.uint8, mode="r", offset=place.offset, shape=(place.size,))
-    return data.reshape(-1, size)
+    return data.reshape(-1, _block_size(kind))
+
+
+def _block_size(kind: str) -> int:
+    return next(size for name, _, size in TENSOR_TYPES.values() if name == kind)
 
 
 def read_float(place: Place, shape: tuple[int, ...], kind: str) -> mx.array:
@@ -140,21 +148,61 @@ def _affine(scales: np.ndarray, biases: np.ndarray, shape: tuple[int, ...]) -> t
 
 
 def repack(place: Place, shape: tuple[int, ...], kind: str, error: PackingError) -> Packed:
-    """A tensor of any other type in the nearest of MLX's forms; adds to `error`."""
+    """A tensor of any other type in the nearest of MLX's forms; adds to `error`.
+
+    It is done in pieces of some rows, so that little of it is in memory as floats, and by several threads.
+    """
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    data = _bytes_of(place, kind).reshape(rows, -1)
+    step, bits = max(1, PIECE // columns), BITS.get(kind, FEWEST_BITS)
+    pieces = [data[begin : begin + step] for begin in range(0, rows, step)]
+    packed: list[Packed] = []
+    workers = min(os.cpu_count() or 1, 8)
+    with ThreadPoolExecutor(workers) as pool:
+        for begin in range(0, len(pieces), workers):
+            for piece in pool.map(
+                partial(_repack_rows, kind=kind, bits=bits), pieces[begin : begin + workers]
+            ):
+                packed.append(piece.packed(bits))  # MLX stays in this thread
+                error.add(piece.wanted, packed[-1])
+    parts = (
+        mx.concatenate([getattr(piece, name) for piece in packed]) for name in ("weight", "scales", "biases")
+    )
+    weight, scales, biases = (part.reshape(*shape[:-1], -1) for part in parts)
+    mx.eval(weight, scales, biases)
+    return Packed(weight, scales, biases, bits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows packed anew, in numpy's arrays."""
+
+    wanted: np.ndarray
+    """(R, C) float32: the values of the file"""
+    values: np.ndarray
+    """(R * C / 8, bits) uint8"""
+    scales: np.ndarray
+    biases: np.ndarray
+    """(R * C / G, 1) float16 each"""
+
+    def packed(self, bits: int) -> Packed:
+        shape = self.wanted.shape
+        return Packed(_words(self.values, shape), *_affine(self.scales, self.biases, shape), bits)
+
+
+def _repack_rows(data: np.ndarray, kind: str, bits: int) -> _Rows:
+    """Rows of the file's blocks, (R, bytes of a row) uint8, decoded and packed anew."""
     import gguf
 
-    data = _bytes_of(place, kind)
-    number = getattr(gguf.GGMLQuantizationType, kind)
-    wanted = gguf.dequantize(np.asarray(data).reshape(*shape[:-1], -1), number).astype(np.float32, copy=False)
-    bits = BITS.get(kind, FEWEST_BITS)
+    data = np.asarray(data)
+    wanted = gguf.dequantize(data, getattr(gguf.GGMLQuantizationType, kind)).astype(np.float32, copy=False)
+    blocks = data.reshape(-1, _block_size(kind))
     scales, biases = (
-        part.astype(np.float16) for part in _scales_and_biases(np.asarray(data), wanted, kind, 2**bits - 1)
+        part.astype(np.float16) for part in _scales_and_biases(blocks, wanted, kind, 2**bits - 1)
     )
     steps = np.where(scales == 0, np.float32(1), scales)
     values = np.rint((wanted.reshape(-1, GROUP_SIZE) - biases) / steps).clip(0, 2**bits - 1)
-    packed = Packed(_words(_bits(values, bits), shape), *_affine(scales, biases, shape), bits)
-    error.add(wanted.reshape(shape), packed)
-    return packed
+    return _Rows(wanted, _bits(values, bits), scales, biases)
 
 
 def _bits(values: np.ndarray, bits: int) -> np.ndarray:
