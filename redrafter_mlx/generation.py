@@ -184,7 +184,7 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
                 )
                 table = cost_table(model.target, drafter, fresh=True, on_measure=lambda: None)
                 model.learned = Learned(table)
-        return Auto(model.learned, greedy, drafter, None if model.target.branches else 1)
+        return Auto(model.learned, greedy, drafter, model.target.widest(MAX_NODES))
     beam = draft if isinstance(draft, Beam) else Beam.parse(draft)
     _check_verifiable(model.target, beam)
     if drafter is None:

@@ -51,7 +51,9 @@ def check_target(target: Target, request: Request, inputs: Inputs) -> None:
         )
     target.check_tree()
     if not target.drafts.chains:
-        raise ValueError(f"{target.name} cannot be drafted for, so a drafter is of no use: {target.drafts.reason}")
+        raise ValueError(
+            f"{target.name} cannot be drafted for, so a drafter is of no use: {target.drafts.reason}"
+        )
     width = start.config.exit_dim if start else request.shape.exit_dim or default_exit_dim(target.hidden_size)
     if request.bits is not None:
         group_size(target.hidden_size, width)
