@@ -63,7 +63,8 @@ def tune(  # noqa: PLR0913  (typer: one argument per option)
     tokens = [encode(loaded, request.prompt) for request in requests]
     console.print("decoding with a wide draft to see what is accepted", style="dim")
     sample = wide_searches(loaded, tokens, max_tokens)
-    widths = [width for width in WIDTHS if width <= loaded.drafter.max_width]
+    widest = loaded.target.widest(loaded.drafter.max_width)
+    widths = [width for width in WIDTHS if width <= widest]
     lengths = [length for length in LENGTHS if length <= (loaded.drafter.max_length or length)]
     predicted = predict_speed(table, sample, widths, lengths, BUDGETS)
     report: dict[str, Any] = {

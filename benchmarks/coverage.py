@@ -38,13 +38,13 @@ from redrafter_mlx.target.keys_values import ChunkedKeysValues, KeysValues
 
 from .families import SEQUENCE, build, names
 from .often_right import OftenRight
+from .ties import TIE, first_difference, gap
 
 TREES = ("1x4", "3x4@8", "8x5@16")
 CHAINS = ("1x4", "1x6")
 SETTINGS = {"T = 0": rd.Sampling(), "T = 0.8": rd.Sampling(temperature=0.8, seed=11)}
 PROMPTS = (5, 150)
 TOKENS = 32
-TIE = 2e-4  # scores closer than this, in their spread, may be rounded to either order
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 DOCS = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.coverage --write -->", "<!-- end -->"
@@ -165,15 +165,15 @@ class _Compared:
         self, what: str, prompt: list[int], sampling: rd.Sampling, mine: list[int], want: list[int]
     ) -> None:
         self.found.texts += 1
-        if mine == want:
+        index = first_difference(mine, want)
+        if index is None:
             return
-        index = next((i for i, pair in enumerate(zip(mine, want, strict=False)) if pair[0] != pair[1]), -1)
-        gap = _gap(self.reference, [*prompt, *want[:index]], sampling, self.target.vocab_size)
-        if gap < TIE:
+        distance = gap(self.reference, [*prompt, *want[:index]], sampling, self.target.vocab_size)
+        if distance < TIE:
             self.found.ties += 1
         else:
             self.found.wrong.append(
-                f"{what}: differs at token {index}, where the best two are {gap:.2g} apart"
+                f"{what}: differs at token {index}, where the best two are {distance:.2g} apart"
             )
 
 
@@ -189,16 +189,6 @@ def _mlx_lm(model: nn.Module, prompt: list[int], sampling: rd.Sampling, vocab: i
 
     steps = generate_step(mx.array(prompt), model, max_tokens=TOKENS, sampler=choose)
     return [int(token) for token, _ in steps]
-
-
-def _gap(model: nn.Module, text: list[int], sampling: rd.Sampling, vocab: int) -> float:
-    """Distance of the two best scores after a text, in the spread of all."""
-    sampler, position = Sampler(sampling, vocab, text), len(text)
-    logits = model(mx.array([text]))[0, -1:]
-    noise = sampler.noise(mx.array([position], dtype=mx.int32), position, 1)
-    scores = np.array(sampler.scores(logits, noise)[0].astype(mx.float32))
-    best = np.sort(scores[np.isfinite(scores)])
-    return float((best[-1] - best[-2]) / best.std())
 
 
 def _layers(target: Target) -> str:

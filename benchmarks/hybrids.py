@@ -33,6 +33,7 @@ from redrafter_mlx.tree import chain
 
 from .families import SEQUENCE, build
 from .often_right import OftenRight
+from .ties import TIE, first_difference, gap
 
 KINDS = {
     "qwen3_next": "gated delta net", "qwen3_5": "gated delta net", "kimi_linear": "Kimi delta attention",
@@ -84,6 +85,7 @@ def equality(family: str, count: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     compared = accepted = steps = rounds = 0
     different: list[str] = []
+    ties: list[str] = []
     while compared < count:
         prompt: list[int] = rng.integers(1, SEQUENCE, int(rng.integers(2, 60))).tolist()
         sampling, draft = SETTINGS[rounds % 2], DRAFTS[rounds % len(DRAFTS)]
@@ -91,12 +93,16 @@ def equality(family: str, count: int) -> dict[str, Any]:
         drafter.follow([*prompt, *plain.token_ids], rounds)
         mine = rd.generate(model, prompt, max_tokens=TEXT, sampling=sampling, draft=draft)[1]
         compared, accepted, steps = compared + TEXT, accepted + mine.accepted_tokens, steps + mine.steps
-        if mine.token_ids != plain.token_ids:
-            pairs = zip(mine.token_ids, plain.token_ids, strict=True)
-            index = next(i for i, pair in enumerate(pairs) if pair[0] != pair[1])
-            different.append(f"{draft}, T = {sampling.temperature}, round {rounds}: at token {index}")
+        index = first_difference(mine.token_ids, plain.token_ids)
+        if index is not None:
+            text = [*prompt, *plain.token_ids[:index]]
+            distance = gap(build(family), text, sampling, target.vocab_size)
+            where = (
+                f"{draft}, T = {sampling.temperature}, round {rounds}, token {index}: {distance:.1g} apart"
+            )
+            (ties if distance < TIE else different).append(where)
         rounds += 1
-    return {"tokens": compared, "accepted": accepted, "steps": steps, "different": different}
+    return {"tokens": compared, "accepted": accepted, "steps": steps, "ties": ties, "different": different}
 
 
 def replay_share(family: str) -> dict[str, float]:

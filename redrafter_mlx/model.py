@@ -15,7 +15,7 @@ from .drafters.lookup import Lookup
 from .policy import Fixed, Off, Policy
 from .prompts import Prompt, encode_prompt
 from .target import Target
-from .tree import Beam
+from .tree import MAX_NODES, Beam
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -86,7 +86,7 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
                 )
                 table = cost_table(model.target, drafter, fresh=True, on_measure=lambda: None)
                 model.learned = Learned(table)
-        return Auto(model.learned, greedy, drafter, None if model.target.branches else 1)
+        return Auto(model.learned, greedy, drafter, model.target.widest(MAX_NODES))
     beam = draft if isinstance(draft, Beam) else Beam.parse(draft)
     _check_verifiable(model.target, beam)
     if drafter is None:

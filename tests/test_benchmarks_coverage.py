@@ -8,10 +8,14 @@ import pytest
 
 from benchmarks import coverage
 from benchmarks.families import names
+from benchmarks.ties import TIE, first_difference, gap
+from tests.toy import VOCAB, make_model
 
 # isort: split
+import mlx.core as mx
 import mlx_lm
 
+from redrafter_mlx.sampling import Sampling
 from redrafter_mlx.target import Target
 from redrafter_mlx.target.cache import KVCache
 from redrafter_mlx.target.recurrent import Recorder
@@ -83,3 +87,13 @@ def test_the_summary_and_the_table() -> None:
         "| a | 3 windows | trees |  |", "| b | 2 recurrent | chains | a recurrent state |",
         "| c |  | none | no package |",
     ]  # fmt: skip
+
+
+def test_texts_that_part_at_a_tie() -> None:
+    """Greedy: of two tokens with equal scores, and of two with clearly different ones."""
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1 and first_difference([1, 2], [1, 2, 3]) == 2
+    model = make_model()
+    assert gap(model, [1, 2, 3], Sampling(), VOCAB) > TIE
+    model.lm_head.weight = mx.concatenate([model.lm_head.weight[: VOCAB // 2]] * 2)
+    assert gap(model, [1, 2, 3], Sampling(), VOCAB) < TIE

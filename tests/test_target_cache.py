@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 
+from benchmarks.families import build as build_family
 from tests.offers import random_offer
 from tests.toy import VOCAB, make, make_target, make_wide_head
 
@@ -233,3 +234,14 @@ def test_the_size_of_the_heads_is_found_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(target, "model", None)
     monkeypatch.setattr(KVCache, "of", lambda model, bits, group_size: caches[0])
     assert target.new_cache(4) is caches[0]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "gemma2", "phi", "gemma4_text"])
+def test_attention_that_takes_nothing_quantized_is_refused_before_any_work(family: str) -> None:
+    sizes = {"hidden_size": 128, "head_dim": 32, "qk_rope_head_dim": 32, "global_head_dim": 32}
+    target = Target(build_family(family, changes=sizes), family)
+    with pytest.raises(
+        ValueError, match=f"^kv_bits cannot serve mlx_lm.models.{family}: its attention takes no"
+    ):
+        target.new_cache(8)
+    assert target.new_cache().bits is None

@@ -15,6 +15,7 @@ import mlx.core as mx
 from redrafter_mlx.auto import Learned
 from redrafter_mlx.auto.timing import measure
 from redrafter_mlx.generation import Model, generate, make_policy, stream_generate
+from redrafter_mlx.measure.predict import wide_searches
 from redrafter_mlx.policy import Off
 from redrafter_mlx.target import Target
 from redrafter_mlx.target.check import check_drafts
@@ -166,3 +167,8 @@ def test_windows_are_crossed_by_the_checked_rows(caplog: pytest.LogCaptureFixtur
         for draft in ("off", "3x4@8")
     ]
     assert texts[0] == texts[1] and not caplog.records
+
+
+def test_tune_searches_chains_only() -> None:
+    sample = wide_searches(model_of(loaded("qwen3_5")), [[5, 9, 33]], 12)
+    assert {logprobs.shape[1] for logprobs in sample.logprobs} == {1}

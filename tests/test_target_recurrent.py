@@ -188,5 +188,18 @@ def test_other_models_of_the_process_are_left_alone() -> None:
 
 
 def test_kv_bits_need_keys_and_values() -> None:
-    with pytest.raises(ValueError, match="kv_bits needs keys and values, and .*rwkv7 keeps none"):
+    with pytest.raises(ValueError, match="^kv_bits needs keys and values, and .*rwkv7 keeps none$"):
         make("rwkv7").new_cache(8)
+
+
+def test_convolved_keys_and_values_are_quantized_in_a_replay_too() -> None:
+    """Baichuan M1's recurrence is within its attention, which runs again without being computed."""
+    target = Target(build("baichuan_m1", changes={"hidden_size": 128}), "baichuan_m1")
+    cache, plain = target.new_cache(8), target.new_cache(8)
+    for each in (cache, plain):
+        target.extend(PROMPT, each)
+    target.verify(chain(mx.array([1, 2, 3])), cache)
+    cache.keep([0, 1])
+    for token in (1, 2):
+        one(target, plain, token)
+    assert_same(cache, plain)

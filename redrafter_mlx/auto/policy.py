@@ -25,7 +25,7 @@ import numpy as np
 
 from redrafter_mlx.drafters.interface import Drafter
 from redrafter_mlx.policy import Outcome, Policy
-from redrafter_mlx.tree import Beam
+from redrafter_mlx.tree import MAX_NODES, Beam
 
 from .learned import Learned
 
@@ -35,18 +35,18 @@ class Auto(Policy):
 
     Args:
         drafter: None where there is none, and drafts are only looked up.
-        max_width: beams that may be searched at most; 1 for a target that verifies chains only. None: as the drafter.
+        max_width: greatest beam width that the target verifies; 1 where it verifies chains only.
     """
 
     def __init__(
-        self, learned: Learned, greedy: bool, drafter: Drafter | None, max_width: int | None = None
+        self, learned: Learned, greedy: bool, drafter: Drafter | None, max_width: int = MAX_NODES
     ) -> None:
         self.learned, self.model, self.settings = learned, learned.modes[greedy], learned.settings
         self.shapes: list[tuple[int, int]] = []
         if drafter is None:
             return
         longest = drafter.max_length or max(self.settings.lengths)
-        widest = min(drafter.max_width, max_width or drafter.max_width)
+        widest = min(drafter.max_width, max_width)
         self.shapes = [
             (w, length)
             for w in self.settings.widths

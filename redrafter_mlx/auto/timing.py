@@ -125,11 +125,7 @@ def measure(target: Target, drafter: Drafter | None, budget: float | None = None
         prefill(target, text, prompt)
         return partial(_step_seconds, target, text)
 
-    widths = (
-        []
-        if drafter is None
-        else [w for w in WIDTHS if w <= drafter.max_width and (w == 1 or target.branches)]
-    )
+    widths = [] if drafter is None else [w for w in WIDTHS if w <= target.widest(drafter.max_width)]
     long = 5 if drafter is None else min(5, drafter.max_length or 5)
     beams = [Beam(w, min(3, long), min(4, 1 + w * (min(3, long) - 1))) for w in widths]
     jobs: dict[Key, Job] = {("plain", 0, 0): steps(Off())}

@@ -37,7 +37,7 @@ def wide_searches(model: Model, prompts: Sequence[list[int]], max_tokens: int) -
     """
     if model.drafter is None:
         raise ValueError(f"{model.target.name} has no drafter whose searches could be seen")
-    width, length = min(DEFAULTS.wide[0], model.drafter.max_width), DEFAULTS.wide[1]
+    width, length = model.target.widest(min(DEFAULTS.wide[0], model.drafter.max_width)), DEFAULTS.wide[1]
     length = min(length, model.drafter.max_length or length)
     beam = Beam(width, length, min(MAX_WIDE_NODES, 1 + width * (length - 1)))
     kept: list[np.ndarray] = []

@@ -282,8 +282,9 @@ def group_size_of(model: nn.Module, run: Callable[[KVCache], object]) -> int:
             f"kv_bits needs heads whose size is a multiple of {min(GROUP_SIZES)}, and this model's are "
             f"{', '.join(map(str, sorted(sizes)))}"
         )
+    quantized = KVCache.of(model, max(KV_BITS), group_size)
     try:
-        run(KVCache.of(model, max(KV_BITS), group_size))
+        run(quantized)
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         words = str(error).splitlines()[0]
         raise ValueError(

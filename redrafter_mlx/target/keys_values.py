@@ -135,7 +135,7 @@ class KeysValues:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append N rows behind the committed ones. (1, H, N, D) -> all rows (1, H, T+N, D)."""
         if self._shared.is_replaying:  # the rows are here, and nobody looks at the attention
-            return keys, values
+            return self._encoded(keys), self._encoded(values)
         pending = keys.shape[2]
         first = self._shared.length - self.start
         self.keys = self._write(self.keys, keys, first)
@@ -152,15 +152,21 @@ class KeysValues:
         return tuple(cut) if isinstance(buffers, tuple) else cut[0]
 
     def _write(self, held: mx.array | Arrays | None, rows: mx.array, first: int) -> mx.array | Arrays:
-        quantized = self._shared.bits is not None
-        parts = mx.quantize(rows, group_size=self.group_size, bits=self.bits) if quantized else (rows,)
+        encoded = self._encoded(rows)
+        parts = _parts(encoded)
         end = first + rows.shape[2]
         buffers = _parts(held)
         if not buffers or end > buffers[0].shape[2]:
             buffers = self._grown(buffers, parts, first, end)
         for buffer, part in zip(buffers, parts, strict=True):
             buffer[..., first:end, :] = part
-        return tuple(buffers) if quantized else buffers[0]
+        return tuple(buffers) if isinstance(encoded, tuple) else buffers[0]
+
+    def _encoded(self, rows: mx.array) -> mx.array | Arrays:
+        """Rows as they are kept."""
+        if self._shared.bits is None:
+            return rows
+        return tuple(mx.quantize(rows, group_size=self.group_size, bits=self.bits))
 
     def _grown(
         self, buffers: Sequence[mx.array], rows: Sequence[mx.array], first: int, end: int

@@ -85,6 +85,10 @@ class Target:
         """True where token trees can be verified; False: chains only, or no drafts at all."""
         return self.drafts.branches
 
+    def widest(self, most: int) -> int:
+        """The greatest beam width up to `most` that can be verified: 1 where only chains can."""
+        return most if self.branches else 1
+
     @property
     def depends_on_cut(self) -> bool:
         """True where what a row computes depends on the rows that it is processed with.
