@@ -12,56 +12,25 @@ from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
-from .auto import Auto, Learned, cost_table
 from .decode import Text, decode, prefill
 from .drafters.history import History
-from .drafters.interface import Drafter, Seen
-from .drafters.lookup import Lookup
-from .offers import rows_shown
-from .policy import Fixed, Off, Policy
-from .prompts import Prompt, encode_prompt
+from .model import Model as Model
+from .model import encode as encode
+from .model import make_policy as make_policy
+from .policy import Off, Policy
+from .prompt_cache import PromptCache as PromptCache
+from .prompts import Prompt
 from .sampling import Sampling
 from .stats import Stats
-from .target import Target
-from .target.cache import KVCache
 from .text import TextStream
 from .tree import MAX_NODES, Beam
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    pass
 
 _log = logging.getLogger("redrafter_mlx")
 
 RESERVED_TOKENS = 4096  # KV cache allocated at once for an answer; longer ones grow it in blocks
-
-
-@dataclass(slots=True)
-class Model:
-    """What `load` returns. Any thread may generate with it; they take turns, step by step."""
-
-    target: Target
-    drafter: Drafter | None = None
-    tokenizer: TokenizerWrapper | None = None
-    eos_token_ids: frozenset[int] = frozenset()
-    """Tokens that end an answer; of the tokenizer where there is one."""
-    learned: Learned | None = None
-    """What `draft="auto"` has learned about target and drafter on this machine."""
-    lookup: Lookup | None = None
-    """Drafts what has stood in the text before, beside the drafter or without one."""
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.eos_token_ids and self.tokenizer is not None:
-            self.eos_token_ids = frozenset(self.tokenizer.eos_token_ids)
-        # What is still to be computed belongs to this thread's stream, and other threads could not compute it.
-        mx.eval(self.target.model.parameters())
-        if self.drafter is not None:
-            seen = Seen(
-                mx.zeros((self.target.context_size,), dtype=self.target.dtype),
-                mx.array(0, dtype=mx.int32),
-                None,
-            )
-            mx.eval(self.drafter.start([0]).draft(seen, Beam(1, 2, 2)).logprobs, self.drafter.parameters())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,137 +51,6 @@ class Chunk:
     def from_draft(self) -> bool:
         """True where it is an accepted draft token."""
         return self.source is not None
-
-
-@dataclass(slots=True)
-class PromptCache:
-    """A KV cache that outlives one generation, with the tokens it holds: give it to the next turn.
-
-    It belongs to the first model it is used with, and to one stream at a time.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    kv: KVCache | None = None
-    target: Target | None = field(default=None, repr=False)
-    in_use: bool = False
-
-    def check(self, target: Target, kv_bits: int | None) -> None:
-        """Check that the next generation may use it.
-
-        Raises:
-            ValueError: it belongs to another model or has other `kv_bits`, or another stream is using it.
-        """
-        if self.in_use:
-            raise ValueError("cache is in use by another stream: finish or close that first")
-        if self.target is not None and self.target is not target:
-            raise ValueError(f"cache belongs to {self.target.name}, and cannot serve {target.name}")
-        if self.kv is not None and self.kv.bits != kv_bits:
-            raise ValueError(f"cache has kv_bits {self.kv.bits}, asked for {kv_bits}")
-
-    def reuse(self, prompt: Sequence[int], drafter: Drafter | None = None) -> int:
-        """Cut the cache back to the longest prefix that it shares with `prompt` and can go back to; returns its length.
-
-        At least one prompt token is left to process: the drafter needs the hidden state of the last one. One that reads
-        the rows of all positions needs those it has not been shown, because it was off in an earlier turn, once more.
-        """
-        if self.kv is None:
-            return 0
-        shared = 0
-        for mine, theirs in zip(self.tokens, prompt[:-1], strict=False):
-            if mine != theirs:
-                break
-            shared += 1
-        depends_on_cut = self.target is not None and self.target.depends_on_cut
-        shared = 0 if depends_on_cut else self.kv.reach(min(shared, rows_shown(drafter, self.kv)))
-        if not self.kv.can_trim_to(shared):
-            self.kv, self.tokens = None, []
-            return 0
-        self.kv.trim(self.kv.length - shared)
-        del self.tokens[shared:]
-        return shared
-
-    def store(self, kv: KVCache, tokens: list[int]) -> None:
-        """Leave the cache with exactly the tokens that were given or emitted, also after an interruption; empty where
-        the next thread could not go on with it.
-        """
-        self.in_use = False
-        kept = kv.reach(min(kv.length, len(tokens)))
-        if not kv.can_trim_to(kept):
-            self.kv, self.tokens = None, []
-            return
-        try:
-            kv.trim(kv.length - kept)
-            kv.mark()  # a turn's boundary, where a conversation may be taken up again
-            kv.settle()
-        except RuntimeError:  # closed in another thread than the one that read the stream
-            self.kv, self.tokens = None, []
-            return
-        self.kv, self.tokens = kv, tokens[: kv.length]
-
-
-def encode(model: Model, prompt: Prompt, raw: bool = False) -> list[int]:
-    """Token ids of a prompt: a string (as a user's message unless `raw`), messages, or token ids.
-
-    Raises:
-        ValueError: empty, ids outside the vocabulary, or text without a tokenizer or chat template.
-    """
-    return encode_prompt(model.tokenizer, prompt, raw, model.target.vocab_size, model.target.name)
-
-
-def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
-    """The policy for a `draft` argument: "auto", "off", "WxL", "WxL@N" or a Beam.
-
-    Raises:
-        ValueError: none of these, or drafting asked for without a drafter, beyond its size, or in a way that the target
-            cannot verify.
-    """
-    drafter = model.drafter
-    nothing_to_draft = drafter is None and model.lookup is None
-    if draft == "off" or (draft == "auto" and (nothing_to_draft or not model.target.drafts.chains)):
-        return Off()  # where drafts cannot be verified, that was said when the model was loaded
-    if nothing_to_draft:
-        raise ValueError(
-            f"draft={str(draft)!r} needs a drafter, and {model.target.name} was loaded without one"
-        )
-    if draft == "auto":
-        with model.lock:
-            if model.learned is None:
-                model.learned = Learned(cost_table(model.target, drafter))
-            elif model.learned.is_stale:
-                _log.warning(
-                    "steps take other times than were measured before: measuring again (some seconds)"
-                )
-                table = cost_table(model.target, drafter, fresh=True, on_measure=lambda: None)
-                model.learned = Learned(table)
-        return Auto(model.learned, greedy, drafter, model.target.widest(MAX_NODES))
-    beam = draft if isinstance(draft, Beam) else Beam.parse(draft)
-    _check_verifiable(model.target, beam)
-    if drafter is None:
-        return Fixed(beam)
-    if beam.width > drafter.max_width:
-        raise ValueError(
-            f"beam width must be at most the drafter's vocabulary {drafter.max_width}, not {beam.width}"
-        )
-    if drafter.max_length is not None and beam.length > drafter.max_length:
-        raise ValueError(
-            f"beam length must be at most {drafter.max_length} with this drafter, not {beam.length}"
-        )
-    return Fixed(beam)
-
-
-def _check_verifiable(target: Target, beam: Beam) -> None:
-    """Check that what is drafted can be verified.
-
-    Raises:
-        ValueError: it cannot; with the reason.
-    """
-    can = target.drafts
-    if not can.chains:
-        raise ValueError(f"draft='{beam}': {target.name} verifies no drafts: {can.reason}")
-    if beam.width > 1 and not can.branches:
-        raise ValueError(
-            f"draft='{beam}' is a tree, and {target.name} verifies chains only, as 1x{beam.length}: {can.reason}"
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def test_that_drafting_does_not_pay_is_said_once(
     """On a machine on which a row more costs as much as a step."""
     rows = {n: float(n) for n in (1, 2, 4, 8, 64)}
     table = CostTable(rows, {1: 1.0}, {1: 1.0})
-    monkeypatch.setattr("redrafter_mlx.generation.cost_table", lambda *_: table)
+    monkeypatch.setattr("redrafter_mlx.model.cost_table", lambda *_: table)
     given = ["generate", "--model", str(folder), "--prompts", str(prompts), "--max-tokens", "4"]
     assert main([*given, "--draft", "2x3"]) == 0
     assert "does not pay" not in capsys.readouterr().err

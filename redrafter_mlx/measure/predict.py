@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from redrafter_mlx.auto import CostTable
-from redrafter_mlx.auto.policy import DEFAULTS
+from redrafter_mlx.auto.learned import DEFAULTS
 from redrafter_mlx.decode import Text, decode, prefill
 from redrafter_mlx.generation import Model
 from redrafter_mlx.policy import Fixed, Outcome
