@@ -245,3 +245,20 @@ def test_attention_that_takes_nothing_quantized_is_refused_before_any_work(famil
     ):
         target.new_cache(8)
     assert target.new_cache().bits is None
+
+
+def test_chunks_that_are_over_are_forgotten() -> None:
+    """Llama 4's rows attend within their chunk; the model itself makes the mask, from the front that it is told."""
+    target = Target(build_family("llama4"), "llama4")
+    cache, plain = target.new_cache(), target.new_cache()
+    tokens = [(3 * i * i + i) % 140 for i in range(2 * BLOCK + 102)]
+    for start in range(0, len(tokens), 21):
+        target.verify(chain(mx.array([*tokens[start : start + 21], 1])), cache)
+        cache.keep(range(len(tokens[start : start + 21])))
+        assert cache.layers[0].num_rows <= BLOCK + 8 + 22
+    got = target.verify(chain(mx.array([7, 8])), cache).logits
+    target.extend(mx.array(tokens), plain)
+    want = target.verify(chain(mx.array([7, 8])), plain).logits
+    np.testing.assert_allclose(got, want, atol=1e-3)
+    assert cache.layers[0].start_position > 0 and cache.layers[3].start == 0
+    assert cache.can_trim_to(len(tokens) - 1) and not cache.can_trim_to(5)

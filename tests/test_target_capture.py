@@ -108,3 +108,11 @@ def test_what_is_no_language_model_is_refused(embeds: bool, message: str) -> Non
 def test_a_family_with_a_cache_of_its_own_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="layer 0 of mlx_lm.models.deepseek_v41 keeps a LayerCache"):
         Target(build("deepseek_v41"), "deepseek")
+
+
+def test_a_layer_that_is_never_called_cannot_be_watched() -> None:
+    """IQuest's loop coder calls what is in its layers, not the layers."""
+    target = Target(build("iquestloopcoder"), "iquest")
+    target.watch((1,))
+    with pytest.raises(ValueError, match=r"iquest \(.*\) does not run its layer 1 as a module"):
+        target.extend(TOKENS, target.new_cache())

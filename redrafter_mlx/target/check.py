@@ -93,28 +93,27 @@ class Checked(Protocol):
 def check_drafts(target: Checked) -> Drafts:
     """Compare trees and chains with plain decoding. Logs a warning where less is exact than the states allow."""
     allowed = Drafts.of(target.new_cache())
-    lengths = _lengths(target)
-    why_no_chains = _first_difference(target, lengths, is_tree=False)
+    plain = {length: _plain(target, length) for length in _lengths(target)}
+    why_no_chains = _first_difference(target, plain, is_tree=False)
     if why_no_chains:
         found = Drafts(False, False, why_no_chains)
         _log.warning("%s is decoded plainly, without drafts: %s", target.name, why_no_chains)
         return found
     if not allowed.branches:
         return allowed
-    why_no_trees = _first_difference(target, lengths, is_tree=True)
+    why_no_trees = _first_difference(target, plain, is_tree=True)
     if why_no_trees:
         _log.warning("%s verifies chains only: %s", target.name, why_no_trees)
         return Drafts(False, True, why_no_trees)
     return allowed
 
 
-def _first_difference(target: Checked, lengths: list[int | None], is_tree: bool) -> str:
-    """Why drafts are not verified exactly; empty where they are, at all lengths."""
+def _first_difference(target: Checked, plain: dict[int | None, mx.array], is_tree: bool) -> str:
+    """Why drafts are not verified exactly; empty where they are, at all lengths, for which `plain` has the logits."""
     kind = "a tree" if is_tree else "a chain"
     allowed, target.drafts = target.drafts, Drafts(True, True, "")
     try:
-        for length in lengths:
-            want = _plain(target, length)
+        for length, want in plain.items():
             try:
                 got = _drafted(target, length, is_tree)
             except _FAILURES as error:

@@ -141,9 +141,9 @@ class Recorder:
         subclass(module, __call__=call)
 
     def _attach_linear(self, layer: nn.Module) -> None:
-        def call(original: type, this: nn.Module, x: mx.array) -> mx.array:
-            if self._call is None:
-                return original.__call__(this, x)
+        def call(original: type, this: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+            if self._call is None or args or kwargs:  # more than rows: run again in a replay
+                return original.__call__(this, x, *args, **kwargs)
             outputs = self._call.outputs.setdefault(id(this), [])
             if self._accepted:
                 return self._repeated(original, this, x, outputs)

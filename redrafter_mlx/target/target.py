@@ -184,6 +184,12 @@ class Target:
         final = self._notes[capture.FINAL]
         if not self.context_layers:
             return final
+        missing = [layer for layer in self.context_layers if layer not in self._notes]
+        if missing:
+            raise ValueError(
+                f"{self.name} ({type(self.model).__module__}) does not run its layer {missing[0]} as a module, so "
+                "context_layers cannot name it"
+            )
         others = [mx.fast.rms_norm(self._notes[i], None, 1e-5) for i in self.context_layers]
         return mx.concatenate([final, *others], axis=-1)
 
