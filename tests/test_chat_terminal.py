@@ -77,7 +77,7 @@ class Terminal:
 
     def wait(self, what: Callable[[str], bool]) -> str:
         """The screen once it is as wanted."""
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         while time.monotonic() < end:
             screen = self.screen()
             if what(screen):
