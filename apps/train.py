@@ -1,4 +1,4 @@
-"""`redrafter train`: self-distil a drafter for any target."""
+"""`redrafter train`: self-distill a drafter for any target."""
 
 from __future__ import annotations
 

@@ -21,16 +21,18 @@ else:
     blas.preload()  # before anything imports mlx.core
 
 if TYPE_CHECKING:
+    from .aio import astream_generate as astream_generate
+    from .aio import batch as batch
     from .drafters.kinds import load_drafter as load_drafter
     from .drafters.kinds import save_drafter as save_drafter
     from .drafters.recurrent import DrafterConfig as DrafterConfig
     from .drafters.recurrent import RecurrentDrafter as RecurrentDrafter
     from .generation import Chunk as Chunk
-    from .generation import Model as Model
-    from .generation import PromptCache as PromptCache
     from .generation import generate as generate
     from .generation import stream_generate as stream_generate
     from .loading.load import load as load
+    from .model import Model as Model
+    from .prompt_cache import PromptCache as PromptCache
     from .sampling import Sampling as Sampling
     from .stats import Stats as Stats
     from .tree import Beam as Beam
@@ -39,10 +41,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DrafterConfig": "drafters.recurrent", "RecurrentDrafter": "drafters.recurrent",
-    "load_drafter": "drafters.kinds", "save_drafter": "drafters.kinds", "Chunk": "generation",
-    "Model": "generation", "PromptCache": "generation", "generate": "generation",
-    "stream_generate": "generation", "load": "loading.load", "Sampling": "sampling", "Stats": "stats",
-    "Beam": "tree",
+    "load_drafter": "drafters.kinds", "save_drafter": "drafters.kinds", "Chunk": "generation", "Model": "model",
+    "PromptCache": "prompt_cache", "generate": "generation", "batch": "aio", "astream_generate": "aio",
+    "stream_generate": "generation", "load": "loading.load", "Sampling": "sampling", "Stats": "stats", "Beam": "tree",
 }  # fmt: skip
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604
 

@@ -70,7 +70,7 @@ class PromptCache:
         try:
             kv.trim(kv.length - kept)
             kv.mark()  # a turn's boundary, where a conversation may be taken up again
-            kv.settle()
+            kv.launch()
         except RuntimeError:  # closed in another thread than the one that read the stream
             self.kv, self.tokens = None, []
             return

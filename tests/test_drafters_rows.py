@@ -260,7 +260,7 @@ def test_another_thread_goes_on_with_what_was_shown() -> None:
         text.observe(Rows(contexts[:3], tokens[:3], 0))
         text.draft(Seen(contexts[2], tokens[3], None, mx.array(3, dtype=mx.int32)), Beam(1, 2, 2))
         text.observe(Rows(contexts[3:], tokens[3:], 3))
-        text.settle()
+        text.launch()
 
     thread = threading.Thread(target=show)
     thread.start()

@@ -73,6 +73,19 @@ def test_formats_that_are_not_read_are_named(folder: Path, method: str, name: st
         load(change(folder, quantization_config={"quant_method": method}))
 
 
+def test_weights_of_a_method_that_the_architecture_does_not_read(folder: Path) -> None:
+    """8-bit floats with scales: some of mlx-lm's models read them, its Llama does not."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    weights["model.layers.0.mlp.up_proj.weight_scale_inv"] = mx.zeros((1, 1))
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with pytest.raises(
+        ValueError, match="holds FP8 weights, which mlx-lm's llama does not read.*original weights"
+    ):
+        load(change(folder, quantization_config={"quant_method": "fp8", "fmt": "e4m3"}))
+
+
 def test_awq_as_mlx_lm_reads_it(folder: Path) -> None:
     """AutoAWQ's layout: 8 numbers of 4 bits of neighboring outputs in a word, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
     weights = mx.load(str(folder / "model.safetensors"))

@@ -255,6 +255,9 @@ def test_cut_short_anywhere(tmp_path: Path) -> None:
         ({"general.alignment": "32"}, "general.alignment must be a uint32"),
         ({"general.alignment": 7}, "general.alignment must be a multiple of 8"),
         ({"llama.attention.head_count": 0}, "llama.attention.head_count must be an integer"),
+        ({"llama.embedding_length": [64, 64]}, "llama.embedding_length must be an integer"),
+        ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv must be an integer"),
+        ({"llama.attention.head_count_kv": [2]}, "head_count_kv must be an integer"),
         ({"llama.embedding_length": "64"}, "llama.embedding_length must be an integer"),
         ({"llama.attention.layer_norm_rms_epsilon": "small"}, "must be a number"),
         ({"llama.block_count": 10**6}, "llama.block_count is 1000000"),
@@ -335,3 +338,9 @@ def test_parts_of_other_files(tmp_path: Path) -> None:
     second.unlink()
     with pytest.raises(FileNotFoundError, match="m-00002-of-00002.gguf is not beside it"):
         load_gguf(first)
+
+
+def test_a_size_for_each_layer(tmp_path: Path) -> None:
+    metadata = {**METADATA, "llama.attention.head_count_kv": [KV_HEADS] * 2}
+    write_gguf(tmp_path / "m.gguf", metadata, tensors_of(tiny_llama(), 0))
+    assert load_gguf(tmp_path / "m.gguf")[2]["num_key_value_heads"] == KV_HEADS

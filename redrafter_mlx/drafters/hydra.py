@@ -121,8 +121,8 @@ class PrefixedText:
     def trim(self, length: int) -> None:
         self._cache.trim(length)
 
-    def settle(self) -> None:
-        self._cache.settle()
+    def launch(self) -> None:
+        self._cache.launch()
 
     def draft(self, seen: Seen, beam: Beam) -> Candidates:
         cache, position = self._cache, seen.position

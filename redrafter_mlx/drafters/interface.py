@@ -101,8 +101,8 @@ class RowReader(TextDrafter, Protocol):
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on."""
 
-    def settle(self) -> None:
-        """Set going what is still to be computed, so that another thread can go on with it; see `KVCache.settle`."""
+    def launch(self) -> None:
+        """Set going what is still to be computed, so that another thread can go on with it; see `KVCache.launch`."""
 
 
 class Drafter(Protocol):

@@ -174,8 +174,8 @@ class PrefixCache:
         keys, values = self._keys[..., : self.shown, :], self._values[..., : self.shown, :]
         return self._layer(context, position, keys, values)
 
-    def settle(self) -> None:
-        """See `RowReader.settle`. Rows that wait go on waiting."""
+    def launch(self) -> None:
+        """See `RowReader.launch`. Rows that wait go on waiting."""
         buffers = [each for each in (self._keys, self._values) if each is not None]
         mx.async_eval(buffers, [rows.contexts for rows in self._waiting])
 

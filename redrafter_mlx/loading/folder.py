@@ -32,6 +32,7 @@ NOT_READ = {
 """`quant_method` of a config -> its name, where neither mlx-lm nor this project reads the weights; of AWQ mlx-lm reads
 those of 4 bits as AutoAWQ's "gemm" lays them out. It takes GPTQ's, which lie otherwise, for the same."""
 
+INSTEAD = "take the model's original weights, or a version quantized by mlx-lm"
 WEIGHTS = "model*.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _USED = (*_TOKENIZERS, "merges.txt", "vocab.txt")
@@ -140,10 +141,7 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     method = quantization.get("quant_method")
     reads = method == "awq" and (quantization.get("bits"), quantization.get("version", "gemm")) == (4, "gemm")
     if isinstance(method, str) and method in NOT_READ and not reads:
-        raise ValueError(
-            f"{folder} holds {NOT_READ[method]} weights, which cannot be read: take the model's original weights, or "
-            "a version quantized by mlx-lm"
-        )
+        raise ValueError(f"{folder} holds {NOT_READ[method]} weights, which cannot be read: {INSTEAD}")
 
 
 def _check_memory(folder: Path, config: dict[str, Any]) -> None:
@@ -177,11 +175,15 @@ def map_model(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str
         try:
             return load_model(Path(staged), lazy=True, model_config=config)
         except Exception as error:  # a model's code may fail in any way on a config that is none of its own
+            said = _first_words(error).replace(staged, str(folder))
             method = config.get("quantization_config")
             kind = method.get("quant_method") if isinstance(method, dict) else None
-            hint = f" (its weights are quantized by {kind}: take the original ones)" if kind else ""
-            said = _first_words(error).replace(staged, str(folder))
-            raise ValueError(f"{folder} cannot be loaded as an mlx-lm model: {said}{hint}") from None
+            if isinstance(kind, str):
+                raise ValueError(
+                    f"{folder} holds {NOT_READ.get(kind, kind.upper())[:40]} weights, which mlx-lm's "
+                    f"{config['model_type']} does not read ({said}): {INSTEAD}"
+                ) from None
+            raise ValueError(f"{folder} cannot be loaded as an mlx-lm model: {said}") from None
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper | None:

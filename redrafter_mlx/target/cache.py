@@ -31,8 +31,8 @@ class Follower(Protocol):
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on."""
 
-    def settle(self) -> None:
-        """As `KVCache.settle`."""
+    def launch(self) -> None:
+        """As `KVCache.launch`."""
 
 
 class KVCache:
@@ -212,7 +212,7 @@ class KVCache:
         marks = [each for each in self._recurrent[0].marks if each <= length and self.can_trim_to(each)]
         return max(marks, default=0)
 
-    def settle(self) -> None:
+    def launch(self) -> None:
         """Set going what is still to be written: left as it is, only the thread that asked for it could compute it.
 
         Raises:
@@ -220,7 +220,7 @@ class KVCache:
         """
         mx.async_eval(self.arrays())
         for follower in self.followers:
-            follower.settle()
+            follower.launch()
 
     def stretch(self, length: int, most: int) -> None:
         """Pretend that the text has `length` positions, whose rows are those that there are, over and over, disturbed

@@ -15,6 +15,8 @@ _LISTS: dict[str, type | tuple[type, ...]] = {
     "tokenizer.ggml.tokens": str, "tokenizer.ggml.merges": str, "tokenizer.ggml.token_type": int,
     "tokenizer.ggml.scores": (int, float),
 }  # fmt: skip
+_PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+"""Sizes that may be given for each layer; mlx-lm's models have one for all"""
 _TEXTS = ("general.architecture", "general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre")
 _FLAGS = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix")
 
@@ -54,7 +56,7 @@ class Metadata:
             ValueError: it is missing, or none.
         """
         value = self._get(key, default)
-        if isinstance(value, list) and value and all(each == value[0] for each in value):
+        if key in _PER_LAYER and isinstance(value, list) and value == value[:1] * self.size("block_count"):
             value = value[0]  # one a layer, and all the same
         if type(value) is not int or not least <= value <= LARGEST:
             raise self._refuse(key, value, f"an integer from {least} to {LARGEST}")
