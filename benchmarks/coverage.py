@@ -192,16 +192,16 @@ def _mlx_lm(model: nn.Module, prompt: list[int], sampling: rd.Sampling, vocab: i
 
 
 def _layers(target: Target) -> str:
-    """What a model's layers keep, as in "2 recurrent, 2 windows"."""
+    """What a model's layers keep, as in "2 x recurrent state, 2 x window"."""
     kinds: Counter[str] = Counter()
     for state in target.new_cache().states:
         if isinstance(state, ChunkedKeysValues):
-            kinds["chunks"] += 1
+            kinds["chunk"] += 1
         elif isinstance(state, KeysValues):
-            kinds["windows" if state.window else "keys and values"] += 1
+            kinds["window" if state.window else "keys and values"] += 1
         else:
-            kinds["recurrent"] += 1
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            kinds["recurrent state"] += 1
+    return ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _merged(results: list[Coverage]) -> Coverage:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import io
 import math
 import pkgutil
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,13 +52,12 @@ def build(family: str, seed: int = 0, changes: Mapping[str, Any] | None = None) 
     Raises:
         ImportError: the module needs a package that is not installed.
     """
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(said):
             module = importlib.import_module(f"mlx_lm.models.{family}")
     except SystemExit:
-        raise ImportError(
-            f"mlx_lm.models.{family} cannot be imported: it needs a package that is not there"
-        ) from None
+        raise ImportError(f"mlx_lm.models.{family} cannot be imported: {said.getvalue().strip()}") from None
     stand_ins.replace_kernels(module)
     mx.random.seed(seed)
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config_of(family, changes)))
