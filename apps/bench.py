@@ -165,6 +165,7 @@ def _compare(arms: Any, prompts: list[list[int]], categories: list[str]) -> Any:
 
 
 def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
+    from redrafter_mlx.auto.learned import DEFAULTS
     from redrafter_mlx.measure.machine import machine
     from redrafter_mlx.measure.profile import bytes_per_step
 
@@ -204,7 +205,7 @@ def _report(settings: Settings, model: Any, result: Any) -> dict[str, Any]:
         ),
         "rows_per_step": round(1 + drafted.drafted_tokens / drafted.steps, 3),
         "syncs_per_step": round(drafted.syncs / drafted.steps, 4),
-        "bytes_per_step": bytes_per_step(model, 1 + len(drafted.acceptance)),
+        "bytes_per_step": bytes_per_step(model, min(1 + len(drafted.acceptance), max(DEFAULTS.lengths))),
         "peak_memory_bytes": drafted.peak_memory_bytes,
         "plain_peak_memory_bytes": max(run.stats.peak_memory_bytes for run in plain),
         "prefill_seconds": round(drafted.prefill_seconds, 3),

@@ -80,12 +80,12 @@ def make_policy(model: Model, draft: str | Beam, greedy: bool = True) -> Policy:
         with model.lock:
             if model.learned is None:
                 model.learned = Learned(cost_table(model.target, drafter))
-            elif model.learned.is_stale:
+            elif model.learned.is_stale and not model.learned.is_second:
                 _log.warning(
                     "steps take other times than were measured before: measuring again (some seconds)"
                 )
                 table = cost_table(model.target, drafter, fresh=True, on_measure=lambda: None)
-                model.learned = Learned(table)
+                model.learned = Learned(table, is_second=True)
         return Auto(model.learned, greedy, drafter, model.target.widest(MAX_NODES))
     beam = draft if isinstance(draft, Beam) else Beam.parse(draft)
     _check_verifiable(model.target, beam)

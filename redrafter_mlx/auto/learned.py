@@ -124,6 +124,8 @@ class Learned:
     """(MAX_NODES + 1,) seconds by rows, corrected by the times taken"""
     modes: dict[bool, AcceptanceModel] = field(init=False)
     """greedy? -> what was learned there"""
+    is_second: bool = False
+    """True where this table was measured because steps had contradicted the one before; once in a process is enough"""
     gave_up: bool = False
     """True once drafting was found not to pay"""
     plain_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=DEFAULTS.ratios_kept))
