@@ -23,7 +23,7 @@ demo: $(STAMP) ## an answer of the default model, plain against drafted
 	$(BIN)/redrafter demo
 
 test: $(STAMP) ## all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 quick: $(STAMP) ## the tests of a minute
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not real and not network"
@@ -33,22 +33,22 @@ check: $(STAMP) ## what must pass before a change lands: lint, format, types, im
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 	$(MAKE) --no-print-directory test-gpu-choices test-plain-kernels
 
 # What differs between a GPU and a CPU, with and without the faster kernels.
-CORE := tests/test_decode.py tests/test_drafters_beam.py tests/test_drafters_precision.py \
+CORE := tests/test_decode.py tests/test_drafters_beam.py tests/test_drafters_lookup.py tests/test_drafters_precision.py \
 	tests/test_drafters_recurrent.py tests/test_drafters_recurrent_network.py tests/test_target.py \
 	tests/test_target_cache.py
 
 # Compiled for packing and acceptance only: the C++ compiler takes half an hour for the sampling filters of every shape.
 test-gpu-choices: $(STAMP) ## the core's tests with what is chosen on a GPU
-	REDRAFTER_PRETEND_GPU=1 MLX_DISABLE_COMPILE=1 $(BIN)/python -m pytest -q $(CORE) tests/test_sampling_*.py \
+	REDRAFTER_PRETEND_GPU=1 MLX_DISABLE_COMPILE=1 $(BIN)/python -m pytest -q -n 2 $(CORE) tests/test_sampling_*.py \
 		tests/test_tree.py tests/test_accept.py
 	REDRAFTER_PRETEND_GPU=1 $(BIN)/python -m pytest -q tests/test_tree.py tests/test_accept.py
 
 test-plain-kernels: $(STAMP) ## the core's tests without the faster kernels for a CPU
-	REDRAFTER_CPU=off $(BIN)/python -m pytest -q $(CORE)
+	REDRAFTER_CPU=off $(BIN)/python -m pytest -q -n 2 $(CORE)
 
 fix: $(STAMP) ## repair what ruff can repair
 	$(BIN)/ruff check --fix .
