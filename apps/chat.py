@@ -16,7 +16,7 @@ from redrafter_mlx.prompts import check_text
 
 from . import options as opt
 from .chat_commands import Chat, run_command
-from .console import GaveUpNote, columns, note, note_missing_drafter, write_answer
+from .console import DrafterNotes, columns, note, note_missing_drafter, write_answer
 from .generate import summary
 from .piped import read_line
 from .terminal import StatusLine, has_color, is_terminal
@@ -89,7 +89,7 @@ def run(chat: Chat) -> None:
 
 
 def _converse(chat: Chat, read: Reader) -> None:
-    interrupted, gave_up = False, GaveUpNote(chat.conversation.model)
+    interrupted, notes = False, DrafterNotes(chat.conversation.model)
     while True:
         try:
             text = _next(chat, read)
@@ -98,7 +98,7 @@ def _converse(chat: Chat, read: Reader) -> None:
                 return
             if text and not text.startswith("/"):
                 _turn(chat, text)
-                gave_up.after_answer()
+                notes.after_answer(chat.conversation.last)
         except EOFError:
             return
         except BrokenPipeError:

@@ -7,13 +7,17 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from redrafter_mlx.generation import Model
+    from redrafter_mlx.stats import Stats
+
+NEVER_ACCEPTED = 48
+"""Drafted tokens of which none was accepted, after which that is said: a drafter for the model gets some by then."""
 
 
 def stderr() -> Console:
@@ -114,16 +118,34 @@ def note_missing_drafter(model: Model, draft: str, drafter: str | None) -> None:
 
 
 @dataclass(slots=True)
-class GaveUpNote:
-    """Says after an answer, at most once, that `--draft auto` has found drafting not to pay."""
+class DrafterNotes:
+    """Says after an answer, each at most once, that drafting was found not to pay, or that nothing is ever accepted."""
 
     model: Model
-    is_said: bool = False
+    said: set[str] = field(default_factory=set)
+    drafted: int = 0
+    """tokens that the drafter has drafted so far"""
+    accepted: int = 0
 
-    def after_answer(self) -> None:
-        learned = self.model.learned
-        if learned is not None and learned.gave_up and not self.is_said:
-            self.is_said = True
-            note(
-                "the drafter does not pay here at present, so it is paused: redrafter tune shows what it costs"
+    def after_answer(self, stats: Stats | None) -> None:
+        """Look at what came of an answer; None where there was none."""
+        learned, drafter = self.model.learned, self.model.drafter
+        if stats is not None and drafter is not None:
+            self.drafted += stats.drafted_by_source.get(drafter.source, 0)
+            self.accepted += stats.accepted_by_source.get(drafter.source, 0)
+        if drafter is not None and self.drafted >= NEVER_ACCEPTED and self.accepted == 0:
+            self._say(
+                f"none of {self.drafted} tokens that the drafter drafted was accepted: was it made for this model? "
+                "redrafter-convert verify finds out",
+                "never accepted",
             )
+        elif learned is not None and learned.gave_up:
+            self._say(
+                "the drafter does not pay here at present, so it is paused: redrafter tune shows what it costs",
+                "gave up",
+            )
+
+    def _say(self, text: str, name: str) -> None:
+        if name not in self.said:
+            self.said.add(name)
+            note(text)

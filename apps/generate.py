@@ -14,7 +14,7 @@ import typer
 from redrafter_mlx.prompts import Request, check_text, read_requests
 
 from . import options as opt
-from .console import GaveUpNote, note_missing_drafter, write_answer
+from .console import DrafterNotes, note_missing_drafter, write_answer
 from .piped import note_if_ignored, read_prompt
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def generate(  # noqa: PLR0913  (typer: one argument per option)
     loaded = opt.load_model(model, drafter, lookup, history)
     streams = _streams(loaded, requests, replace(options, raw=raw), system)
     note_missing_drafter(loaded, draft, drafter)
-    write, gave_up, all_stats = _write_json if as_json else _write_text, GaveUpNote(loaded), []
+    write, notes, all_stats = _write_json if as_json else _write_text, DrafterNotes(loaded), []
     for index, pair in enumerate(streams):
         all_stats.append(write(index, *pair))
-        gave_up.after_answer()
+        notes.after_answer(all_stats[-1])
     print(summary(all_stats), file=sys.stderr)
 
 

@@ -245,3 +245,24 @@ def test_marks_stand_around_runs_of_drafted_text(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == "I[ am here] now{!}\n\n"
     mark_drafted(iter(chunks), color=True)
     assert capsys.readouterr().out == "I\x1b[32m am here\x1b[0m now\x1b[36m!\x1b[0m\n\n"
+
+
+def test_a_drafter_of_which_nothing_is_accepted_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from apps.console import NEVER_ACCEPTED, DrafterNotes
+    from redrafter_mlx.stats import Stats
+
+    model: Any = SimpleNamespace(learned=None, drafter=SimpleNamespace(source="recurrent"))
+    notes = DrafterNotes(model)
+    few = Stats(drafted_by_source={"recurrent": NEVER_ACCEPTED // 2, "lookup": 500})
+    notes.after_answer(few)
+    assert "none of" not in capsys.readouterr().err, "too few to tell"
+    notes.after_answer(few)
+    notes.after_answer(few)
+    assert capsys.readouterr().err.count(f"none of {NEVER_ACCEPTED} tokens") == 1
+    other = DrafterNotes(model)
+    other.after_answer(
+        Stats(drafted_by_source={"recurrent": 900}, accepted_by_source={"recurrent": 1, "lookup": 7})
+    )
+    assert "none of" not in capsys.readouterr().err

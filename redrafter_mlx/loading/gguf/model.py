@@ -7,6 +7,7 @@ what llama.cpp's converter does to some of them.
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,17 +18,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from redrafter_mlx.device import on_gpu
+from redrafter_mlx.device import memory_bytes, on_gpu
 from redrafter_mlx.files import cast_floating, check_weights
 from redrafter_mlx.loading.memory import check_fits
 
 from .families import Family, config_of, family_of
 from .metadata import Metadata
+from .probe import agreement
 from .reader import GGUFHeader, read_header
-from .repacked import repacked
+from .repacked import foreign, is_packed, repacked
 from .rope import FACTORS, LONG, SHORT, add_factors, divide_frequencies
-from .tensors import FLOATS, GROUP_SIZE, NATIVE, Packed, read_float, read_packed
+from .tensors import FLOATS, GROUP_SIZE, NATIVE, Packed, read_exact, read_float, read_packed
 from .tokenizer import load_tokenizer
+
+_log = logging.getLogger("redrafter_mlx")
 
 Tensor = mx.array | Packed
 
@@ -47,17 +51,53 @@ def load_gguf(path: str | Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, 
     if not on_gpu():
         check_fits(path, 4.0 * sum(math.prod(shape) for shape, _ in header.tensors.values()))
     tokenizer = load_tokenizer(header.metadata, path)
+    is_new = not is_packed(header)
     tensors = _read(header, path)
     floats = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, mx.array)}
     add_factors(config, floats, meta)
+    model = _loaded(tensors, family, config, meta)
+    if is_new:
+        _compare(model, header, tensors, tokenizer, lambda exact: _loaded(exact, family, config, meta))
+    return model, tokenizer, config
+
+
+def _loaded(tensors: dict[str, Tensor], family: Family, config: dict[str, Any], meta: Metadata) -> nn.Module:
+    """The model with its weights.
+
+    Raises:
+        ValueError: they do not fit the config.
+    """
     model, weights = _build(tensors, family, config, meta)
-    check_weights(model, weights, str(path))
+    check_weights(model, weights, str(meta.path))
     model.load_weights(list(weights.items()))
-    factors = floats.get(FACTORS)
-    if factors is not None:
+    factors = tensors.get(FACTORS)
+    if isinstance(factors, mx.array):
         divide_frequencies(model, factors, config, meta)
     model.eval()
-    return model, tokenizer, config
+    return model
+
+
+def _compare(
+    model: nn.Module,
+    header: GGUFHeader,
+    tensors: dict[str, Tensor],
+    tokenizer: TokenizerWrapper,
+    load: Callable[[dict[str, Tensor]], nn.Module],
+) -> None:
+    """Log how often the model says what it would say with the file's own values, where both fit into memory."""
+    bytes_needed = 4.0 * sum(math.prod(header.tensors[name][0]) for name in foreign(header))
+    if bytes_needed > memory_bytes() / 4:
+        _log.warning(
+            "what that does to the text was not compared: the unpacked tensors take %.1f GB",
+            bytes_needed / 1e9,
+        )
+        return
+    exact = {
+        name: read_exact(header.places[name], header.tensors[name][0], kind)
+        for name, kind in foreign(header).items()
+    }
+    same, count = agreement(model, load({**tensors, **exact}), tokenizer)
+    _log.warning("%d of %d greedy tokens of a probe text are those of the unpacked tensors", same, count)
 
 
 def _read(header: GGUFHeader, path: Path) -> dict[str, Tensor]:

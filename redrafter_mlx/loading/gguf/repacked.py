@@ -18,18 +18,32 @@ VERSION = "1"
 _log = logging.getLogger("redrafter_mlx")
 
 
+def foreign(header: GGUFHeader) -> dict[str, str]:
+    """The tensors that MLX has no type for: name -> type."""
+    return {
+        name: kind for name, (_, kind) in header.tensors.items() if kind not in FLOATS and kind not in NATIVE
+    }
+
+
+def is_packed(header: GGUFHeader) -> bool:
+    """True where nothing has to be packed anew, or that was done and is kept."""
+    return not foreign(header) or _place(header).is_file()
+
+
+def _place(header: GGUFHeader) -> Path:
+    return cache_dir() / "gguf" / f"{header.digest[:32]}-{VERSION}.safetensors"
+
+
 def repacked(header: GGUFHeader, path: Path) -> dict[str, Packed]:
     """The tensors that MLX has no type for, by name: from the cache, or made and put there, which is logged.
 
     Raises:
         ValueError: the `gguf` package cannot read a tensor's type.
     """
-    wanted = {
-        name: kind for name, (_, kind) in header.tensors.items() if kind not in FLOATS and kind not in NATIVE
-    }
+    wanted = foreign(header)
     if not wanted:
         return {}
-    kept = cache_dir() / "gguf" / f"{header.digest[:32]}-{VERSION}.safetensors"
+    kept = _place(header)
     found = _read(kept, header, wanted)
     if found is not None:
         return found

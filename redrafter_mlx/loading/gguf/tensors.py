@@ -173,6 +173,14 @@ def repack(place: Place, shape: tuple[int, ...], kind: str, error: PackingError)
     return Packed(weight, scales, biases, bits)
 
 
+def read_exact(place: Place, shape: tuple[int, ...], kind: str) -> mx.array:
+    """A tensor of any other type as the float32 values that the file stands for."""
+    import gguf
+
+    data = _bytes_of(place, kind).reshape(math.prod(shape[:-1]), -1)
+    return mx.array(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(shape))
+
+
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """Some rows packed anew, in numpy's arrays."""
