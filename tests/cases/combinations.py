@@ -60,7 +60,7 @@ COMMANDS: dict[str, dict[str, list[str]]] = {
               "--patience": ["1", "-1"], "--validate-every": ["5", "0"], "--seed": ["1", "-1"],
               "--minutes": ["0", "nan", "x"], "--allow-small": [], "--exclude": ["{prompts}", "{missing}"],
               "--disk-budget": ["1", "0", "nan"], "--loss": ["tv", "lk", "gumbel", "x"],
-              "--depth-weights": ["dpace", "x"]},
+              "--depth-weights": ["dpace", "x"], "--from-history": ["{missing}", "{text}"]},
     "convert drafter": {"": ["{apples}", "{drafter}", "{model}", "{missing}", "{text}", ""], "--out": OUT,
                         "--target": ["{model}", "{missing}"], "--verify": ["{model}", "{missing}"],
                         "--activation": ["silu", "linear", "relu"],
