@@ -243,6 +243,15 @@ def test_rows_never_fall_short_of_the_draft() -> None:
     assert few is not None and many is not None and many > few >= beam.nodes
 
 
+def test_before_a_search_nothing_is_expected_of_the_drafter() -> None:
+    policy = policy_of(Learned(costs(0.01)))
+    assert policy.model.worth.size == 0
+    beam = policy.shape()
+    assert beam is not None and policy.rows(beam, [0.3]) is not None, (
+        "a guess is not held against made-up ones"
+    )
+
+
 def test_a_drafter_has_to_pay_beside_the_lookup() -> None:
     """A drafter that is worth its time alone is turned off where the text repeats itself, and nothing else is."""
     alone, beside = Learned(costs(0.05, draft=0.2)), Learned(costs(0.05, draft=0.2))

@@ -56,9 +56,11 @@ class Auto(Policy):
         width, length = min(self.settings.wide[0], widest), min(self.settings.wide[1], longest)
         self.wide = Beam(width, length, nodes=min(self.settings.first_nodes, 1 + width * (length - 1)))
         all_right = np.zeros((1, length - 1, width)), np.ones(length - 1)
-        if self.model.drafted == 0 and self._verdict(*all_right, self.settings.margin) is None:
-            self.model.pause = self.settings.longest_pause  # not even if every guess were right
-            self._stop()
+        if self.model.drafted == 0:
+            if self._verdict(*all_right, self.settings.margin) is None:
+                self.model.pause = self.settings.longest_pause  # not even if every guess were right
+                self._stop()
+            self.model.worth = np.zeros(0)  # nothing was searched yet
 
     def shape(self) -> Beam | None:
         model, settings = self.model, self.settings
